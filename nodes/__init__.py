@@ -1,0 +1,1 @@
+"""The nodes: the only place that knows ComfyUI."""
