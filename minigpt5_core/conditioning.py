@@ -1,0 +1,58 @@
+"""Conditioning spaces: what each family of diffusion models expects in place of its text encoder's output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import BadInputError
+
+if TYPE_CHECKING:  # the table of spaces is plain data: reading it must not cost an import of torch
+    import torch
+
+
+@dataclass(frozen=True)
+class Space:
+    """Conditioning of shape (B, tokens, width) and, where `pooled_width` is set, (B, pooled_width)."""
+
+    name: str
+    tokens: int
+    width: int
+    pooled_width: int | None = None
+
+    def __str__(self) -> str:
+        pooled = f" with a pooled vector of {self.pooled_width}" if self.pooled_width else ""
+        return f"{self.name} ({self.tokens} x {self.width}{pooled})"
+
+
+SPACES: dict[str, Space] = {
+    space.name: space
+    for space in (
+        Space("sd15", 77, 768),
+        Space("sd21", 77, 1024),
+        Space("sdxl", 77, 2048, 1280),
+        Space("sd3", 77, 4096, 2048),
+        Space("flux", 77, 4096, 768),
+        Space("storybook", 77, 128),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What steers the sampler: tokens (B, T, C) and pooled (B, P), None where the space has none."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+def check_space(found: Space, expected: Space) -> None:
+    """Raises BadInputError naming both sides when conditioning of `found` cannot feed a model of `expected`.
+
+    The number of tokens is free: cross-attention takes any length.
+    """
+    if (found.width, found.pooled_width) != (expected.width, expected.pooled_width):
+        raise BadInputError(
+            f"The mapper answers in the space {found}, but the diffusion model expects {expected}. "
+            f"Use a mapper trained for {expected.name}, or a diffusion model of the space {found.name}."
+        )
