@@ -28,7 +28,8 @@ class Mapper(nn.Module):
         if states.ndim != 3 or states.shape[1:] != expected:
             raise BadInputError(
                 f"Voken states of shape {tuple(states.shape)}, but this mapper takes "
-                f"(batch, {expected[0]} vokens, {expected[1]} wide). Use the LLM and the number of vokens the mapper was trained with."
+                f"(batch, {expected[0]} vokens, {expected[1]} wide). "
+                "Use the LLM and the number of vokens the mapper was trained with."
             )
         return self.map(states.to(next(self.parameters()).dtype))
 

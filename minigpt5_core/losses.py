@@ -1,0 +1,92 @@
+"""What training minimises: next tokens, noise with min-SNR weighting (arXiv 2303.09556), caption alignment.
+
+The three and their weights are MiniGPT-5's (arXiv 2310.02239, section 3.3). Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED = -100  # the label of positions that carry no loss
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each part counts; the defaults are the published ones."""
+
+    text: float = 0.01
+    image: float = 1.0
+    caption: float = 0.1
+
+    def total(
+        self, text: Tensor | None = None, image: Tensor | None = None, caption: Tensor | None = None
+    ) -> Tensor:
+        """The weighted sum of the parts that are there; raises ValueError when none is."""
+        parts = ((self.text, text), (self.image, image), (self.caption, caption))
+        present = [weight * loss for weight, loss in parts if loss is not None]
+        if not present:
+            raise ValueError("No loss was given; a total needs at least one of text, image and caption.")
+        return torch.stack(present).sum()
+
+
+def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token: logits (B, S, vocabulary), labels (B, S), -100 where none counts."""
+    return voken_loss(logits[:, :-1], labels[:, 1:])
+
+
+def voken_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy where each position's own target is given, -100 for none: (..., vocabulary), (...).
+
+    For the V states that predict a voken block the targets are the voken ids. Zero when nothing counts.
+    """
+    summed = functional.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return summed / (targets != IGNORED).sum().clamp(min=1)
+
+
+def compute_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
+    """Signal-to-noise ratio of each timestep, (B,), from a scheduler's `alphas_cumprod`, (steps,)."""
+    signal = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    return signal / (1 - signal)
+
+
+def diffusion_loss(prediction: Tensor, noise: Tensor, snr: Tensor, gamma: float = 5.0) -> Tensor:
+    """Squared error of the predicted noise, (B, ...), each sample weighted by min(snr, gamma) / snr; snr is (B,)."""
+    errors = (prediction.float() - noise.float()).square().flatten(1).mean(1)
+    return (errors * (gamma / snr).clamp(max=1)).mean()
+
+
+def caption_loss(answer: Tensor, target: Tensor, deviation: Tensor | None = None) -> Tensor:
+    """Mean squared distance of the mapper's answer from the text encoder's, both (B, T, C).
+
+    Published: in the encoder's own scale, where a few wide dimensions drown the rest. With `deviation` (T, C)
+    both sides are standardised per token and dimension first (the means cancel).
+    """
+    difference = answer.float() - target.float()
+    return (difference if deviation is None else difference / deviation).square().mean()
+
+
+def target_statistics(targets: Tensor, smallest: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, each (T, C), of the text encoder's output for many captions, (captions, T, C).
+
+    A deviation below `smallest` is raised to it: CLIP's first token is the same for every caption.
+    """
+    deviation, mean = torch.std_mean(targets.float(), dim=0, correction=0)
+    return mean, deviation.clamp(min=smallest)
+
+
+def drop_states(
+    states: Tensor, probability: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Classifier-free dropout: zeros in place of a sample's voken states (B, V, L), with the given probability.
+
+    Returns the states and which samples were dropped, (B,); their caption target is the empty text's. A dropped
+    sample sends no gradient of its picture to the LLM. `generator` lives on the CPU, whatever the device.
+    """
+    dropped = (torch.rand(len(states), generator=generator) < probability).to(states.device)
+    return states.masked_fill(dropped[:, None, None], 0), dropped

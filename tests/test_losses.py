@@ -1,0 +1,110 @@
+import math
+
+import pytest
+import torch
+
+from minigpt5_core.losses import (
+    LossWeights,
+    caption_loss,
+    compute_snr,
+    diffusion_loss,
+    drop_states,
+    target_statistics,
+    text_loss,
+    voken_loss,
+)
+
+
+def test_the_default_weights_are_the_published_ones():
+    total = LossWeights().total(text=torch.tensor(2.0), image=torch.tensor(3.0), caption=torch.tensor(5.0))
+    assert total.item() == pytest.approx(0.01 * 2 + 3 + 0.1 * 5)
+
+
+def test_a_part_that_is_missing_adds_nothing():
+    assert LossWeights().total(text=torch.tensor(2.0), image=torch.tensor(3.0)).item() == pytest.approx(3.02)
+
+
+def test_a_total_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one"):
+        LossWeights().total()
+
+
+def test_text_loss_is_the_mean_negative_log_likelihood_of_the_next_token():
+    # position 0 gives token 1 the odds 3 : 1, position 1 gives token 0 even odds; the last position predicts nothing
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0], [9.0, -9.0]]])
+    labels = torch.tensor([[0, 1, 0]])
+    assert text_loss(logits, labels).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+
+
+def test_positions_with_the_ignored_label_do_not_count():
+    logits = torch.tensor([[[0.0, math.log(3)], [7.0, 0.0], [0.0, 0.0]]])
+    assert text_loss(logits, torch.tensor([[-100, 1, -100]])).item() == pytest.approx(math.log(4 / 3))
+
+
+def test_a_batch_without_any_target_has_loss_zero():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss = text_loss(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_voken_loss_takes_each_position_s_own_target():
+    logits = torch.zeros(2, 3, 7)
+    assert voken_loss(logits, torch.tensor([[4, 5, 6]] * 2)).item() == pytest.approx(math.log(7))
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_timestep():
+    assert compute_snr(torch.tensor([0.9, 0.5, 0.2]), torch.tensor([2, 0])).tolist() == pytest.approx(
+        [0.25, 9.0]
+    )
+
+
+def test_min_snr_lowers_the_weight_of_clean_samples_only():
+    # squared errors 4 and 1; weights min(10, 5) / 10 = 0.5 and min(2, 5) / 2 = 1
+    prediction = torch.stack([torch.full((1, 2, 2), 2.0), torch.full((1, 2, 2), -1.0)])
+    loss = diffusion_loss(prediction, torch.zeros(2, 1, 2, 2), torch.tensor([10.0, 2.0]))
+    assert loss.item() == pytest.approx((0.5 * 4 + 1 * 1) / 2)
+
+
+def test_pure_noise_has_weight_one():
+    loss = diffusion_loss(torch.full((1, 4), 3.0), torch.zeros(1, 4), torch.tensor([0.0]))
+    assert loss.item() == pytest.approx(9.0)
+
+
+def test_caption_loss_is_the_mean_squared_distance():
+    answer, target = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 5.0]]])
+    assert caption_loss(answer, target).item() == pytest.approx((1 + 9) / 2)
+
+
+def test_the_standardised_caption_loss_counts_in_deviations():
+    answer, target = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 5.0]]])
+    loss = caption_loss(answer, target, deviation=torch.tensor([[0.5, 3.0]]))
+    assert loss.item() == pytest.approx((2**2 + 1**2) / 2)
+
+
+def test_the_statistics_of_a_target_are_per_token_and_dimension_with_a_smallest_deviation():
+    targets = torch.tensor([[[1.0, 7.0]], [[5.0, 7.0]]])
+    mean, deviation = target_statistics(targets, smallest=0.01)
+    assert mean.tolist() == [[3.0, 7.0]]
+    assert deviation.flatten().tolist() == pytest.approx([2.0, 0.01])
+
+
+def test_half_precision_inputs_are_compared_in_float32():
+    answer = torch.full((1, 1, 1), 300.0, dtype=torch.float16)
+    assert caption_loss(answer, torch.zeros_like(answer)).item() == 90000.0  # beyond float16
+
+
+def test_dropped_states_are_zero_and_send_no_gradient_and_the_others_stay():
+    states = torch.ones(200, 2, 3, requires_grad=True)
+    kept, dropped = drop_states(states, 0.1, torch.Generator().manual_seed(0))
+    kept.sum().backward()
+    assert 5 <= dropped.sum() <= 40
+    assert not kept[dropped].any() and kept[~dropped].eq(1).all()
+    assert not states.grad[dropped].any() and states.grad[~dropped].eq(1).all()
+
+
+def test_dropout_is_repeatable_and_can_be_switched_off():
+    states = torch.ones(50, 1, 1)
+    draws = [drop_states(states, 0.5, torch.Generator().manual_seed(3))[1] for _ in range(2)]
+    assert torch.equal(*draws)
+    assert not drop_states(states, 0.0)[1].any()
