@@ -1,0 +1,279 @@
+"""Our decode loop: text token by token, a whole voken block in one forward (arXiv 2310.02239, section 3.2).
+
+The last-layer states are kept only where a voken is predicted. Several stories run in one batch: every step feeds
+each row what it needs (one token, or a block), and the attention mask hides what is padding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .errors import BadInputError
+from .llm import FrozenLLM
+
+Pictures = Literal["after_text", "when_asked", "first", "none"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw tokens, and when a picture comes.
+
+    `pictures`: "after_text" writes text, then always one picture; "when_asked" leaves it to the model; "first" puts
+    the picture before any text, as published; "none" forbids it. `temperature` 0 takes the likeliest token.
+    `penalised_prefix` are ids the repetition penalty counts besides the generated ones.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+    pictures: Pictures = "after_text"
+    max_pictures: int = 1
+    stop_strings: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    penalised_prefix: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids; each `image_id` among them is one picture's slot, replaced by that picture's (n, L) vectors."""
+
+    ids: list[int]
+    images: list[Tensor] = field(default_factory=list)
+    image_id: int | None = None
+
+
+@dataclass
+class Reply:
+    """One answer. `ids`: what was generated, one [IMG0] standing for each block; `voken_states`: (k, V, L)."""
+
+    ids: list[int]
+    text: str
+    voken_states: Tensor
+    stopped: str
+
+
+@dataclass
+class StoryCache:
+    """Keys and values of a story so far, kept from turn to turn (one story)."""
+
+    keys: list[int | tuple] = field(default_factory=list)
+    values: DynamicCache = field(default_factory=DynamicCache)
+
+    def reuse(self, keys: list[int | tuple]) -> int:
+        """Crops to the longest common beginning, leaving at least one position to compute; returns its length."""
+        shared = 0
+        for mine, theirs in zip(self.keys, keys[:-1], strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        if shared < len(self.keys):
+            self.values.crop(shared)
+            self.keys = self.keys[:shared]
+        return shared
+
+
+class _Row:
+    """One story's progress through the loop. Once `stopped` is set, what was chosen last is all there is to feed."""
+
+    def __init__(self, llm: FrozenLLM, sampling: Sampling, seed: int) -> None:
+        self.llm, self.sampling = llm, sampling
+        self.generator = torch.Generator(llm.device).manual_seed(seed)
+        self.ids: list[int] = []
+        self.states: list[Tensor] = []
+        self.stopped = ""
+        self.warpers = _warpers(sampling)
+        end = llm.tokenizer.eos_token_id
+        self.stop_ids = set(sampling.stop_ids) or ({end} if end is not None else set())
+
+    def choose(self, logits: Tensor) -> list[int]:
+        """The ids to feed next: a token, a block, a last token with a block, or nothing."""
+        if self.sampling.pictures == "first" and not self.ids:
+            return self._block()
+        if len(self.ids) >= self.sampling.max_new_tokens:
+            return self._end("length")
+        token = self._sample(logits)
+        if token == self.llm.voken_ids[0]:
+            return self._block()
+        if token in self.stop_ids:
+            return self._end("end")
+        self.ids.append(token)
+        return self._end("stop string", [token]) if self._in_stop_string() else [token]
+
+    def _block(self) -> list[int]:
+        self.ids.append(self.llm.voken_ids[0])
+        if self.sampling.pictures == "after_text" and len(self.states) + 1 >= self.sampling.max_pictures:
+            self.stopped = "picture"
+        return self.llm.voken_ids
+
+    def _end(self, reason: str, last: list[int] | None = None) -> list[int]:
+        """Ends the reply; with "after_text" a reply without a picture gets one first."""
+        owed = self._block() if self.sampling.pictures == "after_text" and not self.states else []
+        self.stopped = reason
+        return (last or []) + owed
+
+    def _sample(self, logits: Tensor) -> int:
+        history = torch.tensor([[*self.sampling.penalised_prefix, *self.ids]], dtype=torch.long, device=logits.device)
+        scores = self.warpers(history, logits[None].float())
+        scores = SuppressTokensLogitsProcessor(self._forbidden(), device=logits.device)(history, scores)
+        if self.sampling.temperature == 0:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self.generator))
+
+    def _forbidden(self) -> list[int]:
+        """Vokens that may not come now: never a later one by itself, and [IMG0] only where a picture may stand."""
+        too_early = self.sampling.pictures == "after_text" and not self.ids
+        full = len(self.states) >= self.sampling.max_pictures
+        return self.llm.voken_ids if too_early or full or self.sampling.pictures == "none" else self.llm.voken_ids[1:]
+
+    def _in_stop_string(self) -> bool:
+        tail = self.llm.tokenizer.decode(self.ids[-16:]) if self.sampling.stop_strings else ""
+        return any(stop in tail for stop in self.sampling.stop_strings)
+
+    def reply(self) -> Reply:
+        """What came out."""
+        text = self.llm.tokenizer.decode(self.ids, skip_special_tokens=True)
+        for stop in self.sampling.stop_strings:
+            text = text.split(stop)[0]
+        count, width = len(self.llm.voken_ids), self.llm.width
+        states = torch.stack(self.states) if self.states else torch.zeros(0, count, width, device=self.llm.device)
+        return Reply(self.ids, text.strip(), states, self.stopped)
+
+
+@torch.no_grad()
+def generate(
+    llm: FrozenLLM,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seeds: Sequence[int],
+    cache: StoryCache | None = None,
+    on_token: Callable[[int], bool | None] | None = None,
+) -> list[Reply]:
+    """One reply for each prompt, the same as each would get alone; seed i (64 bits) draws for prompt i.
+
+    `cache` (one prompt only) keeps the story's keys and values from turn to turn. `on_token(row)` is called for every
+    step of a row; a true answer stops everything, and the replies so far are returned with `stopped` = "cancelled".
+    """
+    if len(seeds) != len(prompts) or (cache is not None and len(prompts) != 1):
+        raise ValueError(f"{len(prompts)} prompts need as many seeds (got {len(seeds)}); a cache serves one prompt.")
+    rows = [_Row(llm, sampling, seed) for seed in seeds]
+    feeder = _Feeder(llm, len(rows), cache)
+    last = feeder.start(prompts)
+    while active := [row for row in rows if not row.stopped]:
+        logits = llm.logits(last)
+        feeds = [row.choose(logits[index]) if not row.stopped else [] for index, row in enumerate(rows)]
+        if any(on_token and on_token(rows.index(row)) for row in active):
+            for row in active:
+                row.stopped = "cancelled"
+            break
+        if any(feeds):
+            last = _advance(llm, feeder, rows, feeds, last)
+    return [row.reply() for row in rows]
+
+
+def _advance(
+    llm: FrozenLLM, feeder: "_Feeder", rows: list[_Row], feeds: list[list[int]], last: Tensor
+) -> Tensor:
+    """Feeds every row its ids and keeps the states that predict vokens; returns each row's newest state (B, L)."""
+    hidden = feeder.feed([llm.embed(torch.tensor([ids], device=llm.device))[0] for ids in feeds], feeds)
+    newest = last.clone()
+    for index, (row, ids) in enumerate(zip(rows, feeds, strict=True)):
+        if llm.voken_ids[0] in ids:
+            states = torch.cat((last[index : index + 1], hidden[index]))
+            start = ids.index(llm.voken_ids[0])
+            row.states.append(states[start : start + len(llm.voken_ids)])
+        if ids:
+            newest[index] = hidden[index, len(ids) - 1]
+    return newest
+
+
+class _Feeder:
+    """Runs the decoder over ragged pieces: row i's piece is padded behind, and the mask hides the padding for good."""
+
+    def __init__(self, llm: FrozenLLM, rows: int, cache: StoryCache | None) -> None:
+        self.llm = llm
+        self.cache = cache or StoryCache()
+        self.mask = torch.zeros(rows, 0, dtype=torch.long, device=llm.device)
+
+    def start(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Feeds the prompts, less what the cache already holds; each row's last state, (B, L)."""
+        pieces = [embed_prompt(self.llm, prompt) for prompt in prompts]
+        keys = [position_keys(prompt) for prompt in prompts]
+        longest = max(len(piece) for piece in pieces)
+        if longest > self.llm.context:
+            raise BadInputError(
+                f"The prompt is {longest} tokens long; this LLM reads at most {self.llm.context}. Shorten it."
+            )
+        shared = self.cache.reuse(keys[0]) if len(prompts) == 1 else 0
+        self.mask = torch.ones(len(prompts), shared, dtype=torch.long, device=self.llm.device)
+        hidden = self.feed([piece[shared:] for piece in pieces], [key[shared:] for key in keys])
+        return torch.stack([hidden[row, len(piece) - shared - 1] for row, piece in enumerate(pieces)])
+
+    def feed(self, pieces: list[Tensor], keys: list[list]) -> Tensor:
+        """(row's length, L) pieces -> (B, longest, L) last-layer states."""
+        lengths = torch.tensor([len(piece) for piece in pieces], device=self.llm.device)
+        inputs = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        valid = (torch.arange(inputs.shape[1], device=self.llm.device) < lengths[:, None]).long()
+        positions = self.mask.sum(1, keepdim=True) + valid.cumsum(1) - 1
+        self.mask = torch.cat((self.mask, valid), 1)
+        hidden = self.llm.decoder(
+            inputs_embeds=inputs,
+            attention_mask=None if len(pieces) == 1 else self.mask,
+            position_ids=positions.clamp(min=0),
+            past_key_values=self.cache.values,
+            use_cache=True,
+        ).last_hidden_state
+        if len(pieces) == 1:
+            self.cache.keys.extend(keys[0])
+        return hidden
+
+
+def embed_prompt(llm: FrozenLLM, prompt: Prompt) -> Tensor:
+    """(positions, L): the embedded ids, with pictures' vectors in their slots."""
+    embedded = llm.embed(torch.tensor([prompt.ids], device=llm.device))[0]
+    images = iter(prompt.images)
+    pieces = [
+        next(images).to(embedded) if prompt.image_id is not None and token == prompt.image_id else embedded[index : index + 1]
+        for index, token in enumerate(prompt.ids)
+    ]
+    return torch.cat(pieces)
+
+
+def position_keys(prompt: Prompt) -> list:
+    """What stands at each position, for comparing prompts: a token id, or a picture's content and row."""
+    images = iter(prompt.images)
+    keys: list = []
+    for token in prompt.ids:
+        if prompt.image_id is not None and token == prompt.image_id:
+            image = next(images)
+            digest = hash(image.detach().float().cpu().numpy().tobytes())
+            keys.extend((digest, row) for row in range(len(image)))
+        else:
+            keys.append(token)
+    return keys
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers

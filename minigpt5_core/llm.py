@@ -1,0 +1,117 @@
+"""The frozen LLM behind one small class: any `transformers` causal LM, with V voken rows added."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import BadInputError
+from .vokens import voken_strings
+
+
+@dataclass
+class FrozenLLM:
+    """A causal LM and its tokenizer, both with vokens. Nothing of it needs gradients until an adapter is trained.
+
+    `causal_lm` may carry PEFT layers; `width` is L.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    causal_lm: PreTrainedModel
+    voken_ids: list[int]
+
+    @property
+    def width(self) -> int:
+        return self.causal_lm.config.get_text_config().hidden_size
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the LLM was made for, in tokens."""
+        return self.causal_lm.config.get_text_config().max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The model without its head; its `last_hidden_state` is after the final norm."""
+        return self.causal_lm.get_decoder()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, S) ids -> (B, S, L)."""
+        return self.causal_lm.get_input_embeddings()(ids)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(..., L) last-layer states -> (..., vocabulary)."""
+        return self.causal_lm.get_output_embeddings()(states)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that already holds its special tokens."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def load_llm(
+    folder: Path, vokens: int = 8, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> FrozenLLM:
+    """Reads a Hugging Face folder and adds `vokens` rows, each the mean of all others, after its own.
+
+    Raises BadInputError when the folder holds no causal LM that transformers can read.
+    """
+    if not (folder / "config.json").is_file():
+        raise BadInputError(
+            f"{folder} is no Hugging Face model folder (it has no config.json). Give a folder that holds config.json, "
+            "safetensors weights and a tokenizer, or make the default one: python -m minigpt5_core get-llm"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInputError(f"The LLM in {folder} cannot be read: {_first_line(error)}") from error
+    return add_vokens(tokenizer, model.to(device), vokens)
+
+
+def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int) -> FrozenLLM:
+    """Adds voken tokens to a tokenizer and their rows to a model, and freezes the model."""
+    strings = voken_strings(vokens)
+    tokenizer.add_tokens(strings, special_tokens=True)
+    voken_ids = tokenizer.convert_tokens_to_ids(strings)
+    rows = model.get_input_embeddings().num_embeddings
+    if max(voken_ids) >= rows:
+        model.resize_token_embeddings(max(voken_ids) + 1, mean_resizing=False)
+    llm = FrozenLLM(tokenizer, model.requires_grad_(False).eval(), voken_ids)
+    others = [index for index in range(rows) if index not in set(voken_ids)]
+    for table in {id(t): t for t in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+        with torch.no_grad():
+            table.weight[voken_ids] = table.weight[others].mean(0)
+    return llm
+
+
+def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
+    """Lays a PEFT adapter (voken rows, LoRA) over the LLM for use, merged in memory; files are never touched.
+
+    Raises BadInputError when the folder is no PEFT adapter or was trained for an LLM of another shape.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise BadInputError(
+            f"{folder} is no PEFT adapter (it has no adapter_config.json). Give the adapter/ folder that "
+            "python -m trainer wrote."
+        )
+    try:
+        adapted = PeftModel.from_pretrained(llm.causal_lm, str(folder))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise BadInputError(
+            f"The adapter in {folder} does not fit an LLM of width {llm.width}: {_first_line(error)} "
+            "Give the LLM it was trained for with --llm."
+        ) from error
+    merged = adapted.merge_and_unload().requires_grad_(False).eval()
+    return FrozenLLM(llm.tokenizer, merged, llm.voken_ids)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]

@@ -1,0 +1,80 @@
+"""A story as the LLM reads it: token ids, scene by scene, in one of two wordings.
+
+`chat` is the LLM's own chat template: every scene is a user's request and the assistant's reply, which ends with its
+voken block. `published` is the grammar of the published checkpoints: "###Human:" and "###Assistant:", pictures as
+`<Img><ImageHere></Img>`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .errors import BadInputError
+from .generate import Prompt
+from .llm import FrozenLLM
+
+SYSTEM = "You tell a picture book story, scene by scene."
+NEXT = "What happens next?"
+PUBLISHED_SYSTEM = (
+    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide "
+    "it to you. Please understanding images and generate story."
+)
+PUBLISHED_PICTURE = "<Img><ImageHere></Img>"
+PUBLISHED_NEXT = "Tell me the next scene with image."
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One scene as it was asked for and told; `text` is None for the scene still to be told."""
+
+    request: str
+    text: str | None = None
+    picture: bool = True
+
+
+@dataclass(frozen=True)
+class FittedPrompt:
+    """A prompt within the context, and which turns (counted from 0) were left out to make it fit."""
+
+    prompt: Prompt
+    dropped: tuple[int, ...]
+
+
+def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
+    """The turns through the LLM's chat template; an untold last turn leaves the reply open."""
+    block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
+    messages = [{"role": "system", "content": SYSTEM}]
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.request})
+        if turn.text is not None:
+            messages.append({"role": "assistant", "content": turn.text + (block if turn.picture else "")})
+    is_open = bool(turns) and turns[-1].text is None
+    return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+
+
+def published_text(turns: Sequence[Turn]) -> str:
+    """The published grammar for a story's next scene: earlier texts with their pictures, then the question."""
+    told = [turn for turn in turns if turn.text is not None]
+    history = "".join(f"{turn.text}{PUBLISHED_PICTURE if turn.picture else ''}" for turn in told)
+    asked = turns[-1].request if turns and turns[-1].text is None else PUBLISHED_NEXT
+    return f"{PUBLISHED_SYSTEM}###Human:{history}{chr(10) if history else ''} {asked} ###Assistant:"
+
+
+def fit_chat(llm: FrozenLLM, turns: Sequence[Turn], room: int) -> FittedPrompt:
+    """The chat prompt for an open story, leaving `room` tokens for the reply.
+
+    A story longer than the context keeps its first scene and its latest ones; which scenes fell out is returned.
+    Raises BadInputError when the opening alone does not fit.
+    """
+    limit = llm.context - room
+    dropped: list[int] = []
+    while True:
+        kept = [turn for index, turn in enumerate(turns) if index not in dropped]
+        ids = llm.encode(chat_text(llm, kept))
+        if len(ids) <= limit:
+            return FittedPrompt(Prompt(ids), tuple(dropped))
+        if len(kept) <= 2:
+            raise BadInputError(
+                f"The prompt is {len(ids)} tokens long; with {room} kept for the reply this LLM reads at most {limit}. "
+                "Shorten the prompt."
+            )
+        dropped.append(len(dropped) + 1)

@@ -1,0 +1,119 @@
+"""Stage 1: captions to pictures. Trains the voken rows and the mapper; the LLM stays frozen (arXiv 2310.02239, 3.3).
+
+    python -m trainer align --recipe trainer/recipes/storybook_align.toml --out runs/align
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from minigpt5_core.llm import FrozenLLM, load_llm
+from minigpt5_core.llm_files import default_llm
+from minigpt5_core.losses import voken_loss
+from peft import PeftModel, TrainableTokensConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from .captions import CaptionCache, block_states, caption_ids
+from .stage import PictureLosses, Run, StageRecipe, Targets, load_diffusion, new_mapper, step_generator, train
+from .storybook.autoencoder import to_tensor
+from .storybook.diffusion import PREVIEW
+from .storybook.render import render
+from .storybook.stories import training_state
+from .storybook.world import State
+
+
+@dataclass(frozen=True)
+class AlignRecipe(StageRecipe):
+    """Stage 1's own settings: how many different captions, all of them cached in front of the voken block."""
+
+    captions: int = 3000
+
+
+def caption_states(count: int, seed: int) -> dict[str, State]:
+    """`count` different captions with the states they describe, none held out."""
+    draw = random.Random(f"captions/{seed}")
+    states: dict[str, State] = {}
+    while len(states) < count:
+        state = training_state(draw)
+        states[state.caption()] = state
+    return states
+
+
+def with_voken_rows(llm: FrozenLLM) -> PeftModel:
+    """Makes the voken rows trainable, in PEFT's layout, and nothing else; the LLM itself is changed in place."""
+    return get_peft_model(
+        llm.causal_lm, TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=["embed_tokens"])
+    )
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def picture_latents(pipeline: object, states: Sequence[State], draw: random.Random) -> Tensor:
+    """Scaled latents of freshly drawn pictures, (B, 4, 16, 16)."""
+    vae = pipeline.vae  # type: ignore[attr-defined]
+    with torch.no_grad():
+        return vae.encode(to_tensor([render(state, draw) for state in states])).latents * vae.config.scaling_factor
+
+
+def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
+    """Runs stage 1 and leaves `mapper.safetensors` and `adapter/` in `out`."""
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    run = Run(recipe, out, "align", accelerator)
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    llm = load_llm(folder, recipe.vokens)
+    adapted = with_voken_rows(llm)
+    pipeline = load_diffusion(Path(recipe.diffusion))
+    states = caption_states(recipe.captions, recipe.seed)
+    targets = Targets(pipeline, list(states))
+    mapper = new_mapper(recipe, llm, targets)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": trainable(adapted), "lr": recipe.row_rate, "weight_decay": 0.0},
+            {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
+        ]
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
+    adapted, mapper, optimizer, schedule = accelerator.prepare(adapted, mapper, optimizer, schedule)
+    start = run.resume() if resume else 0
+    cache = CaptionCache(llm, list(states))
+    picture_losses = PictureLosses(recipe, mapper, targets)
+
+    def one_step(step: int) -> dict[str, float]:
+        draw, generator = step_generator(recipe.seed, step)
+        bucket, rows = cache.draw(recipe.batch, draw)
+        captions = [bucket.captions[row] for row in rows]
+        latents = None
+        if recipe.image_weight and step > recipe.image_from * recipe.steps:
+            latents = picture_latents(pipeline, [states[caption] for caption in captions], draw)
+        losses = picture_losses(block_states(llm, bucket, rows), captions, latents, generator)
+        wanted = torch.full((recipe.batch,), llm.voken_ids[0])
+        losses["text"] = voken_loss(llm.logits(bucket.last[rows]), wanted)
+        accelerator.backward(picture_losses.weights.total(**losses))
+        accelerator.clip_grad_norm_([*trainable(adapted), *mapper.parameters()], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % recipe.preview_every == 0:
+            preview(step)
+        return {name: loss.item() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def preview(step: int) -> None:
+        conditioning = torch.cat([mapper(caption_voken_states(llm, text)).tokens for text in PREVIEW])
+        run.preview(step, pipeline, conditioning, mapper.negative().tokens)
+
+    train(run, start, one_step, lambda step: run.save_result(mapper, adapted, folder, step, data="storybook"))
+
+
+def caption_voken_states(llm: FrozenLLM, caption: str) -> Tensor:
+    """(1, V, L) for one caption, by one plain forward."""
+    ids = torch.tensor([caption_ids(llm, caption) + llm.voken_ids[:-1]], device=llm.device)
+    return llm.decoder(inputs_embeds=llm.embed(ids)).last_hidden_state[:, -len(llm.voken_ids) :]

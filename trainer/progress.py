@@ -1,0 +1,43 @@
+"""What people watch while a model trains: one line with losses, speed and time left; grids of pictures."""
+
+import time
+
+from PIL import Image
+
+
+class Progress:
+    """Prints a line every `every` seconds: step, losses (running mean since the last line), samples/s, time left."""
+
+    def __init__(self, steps: int, every: float = 15.0, start: int = 0) -> None:
+        self.steps, self.every, self.first = steps, every, start
+        self.started = self.printed = time.monotonic()
+        self.sums: dict[str, float] = {}
+        self.count = self.samples = 0
+
+    def update(self, step: int, samples: int, **losses: float) -> None:
+        """Account for a finished step (counted from 1) of `samples` samples."""
+        self.count += 1
+        self.samples += samples
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        now = time.monotonic()
+        if now - self.printed < self.every and step < self.steps:
+            return
+        elapsed = now - self.started
+        left = elapsed / max(1, step - self.first) * (self.steps - step)
+        terms = "  ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
+        print(
+            f"step {step}/{self.steps}  {terms}  {self.samples / elapsed:.1f} samples/s  {left / 60:.1f} min left",
+            flush=True,
+        )
+        self.printed, self.sums, self.count = now, {}, 0
+
+
+def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size side by side, row by row, with a 2-pixel gap."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), "white")
+    for index, picture in enumerate(pictures):
+        sheet.paste(picture, (index % columns * (width + 2), index // columns * (height + 2)))
+    return sheet

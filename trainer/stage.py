@@ -1,0 +1,210 @@
+"""What both stages share: the mapper and its targets, the losses, the run folder."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from minigpt5_core.conditioning import SPACES
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.losses import LossWeights, caption_loss, compute_snr, diffusion_loss, drop_states, target_statistics
+from minigpt5_core.mapper import Mapper, build_mapper, compact_config, reference_config
+from minigpt5_core.weights import MapperHeader, hash_weights, load_mapper, save_mapper
+from peft import PeftModel
+from torch import Tensor
+
+from .progress import Progress, grid
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """Settings both stages know. Loss weights are the published ones; rates are our own.
+
+    `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
+    `image_from` is the share of the steps after which the diffusion loss joins in.
+    """
+
+    llm: str = ""
+    diffusion: str = "storybook/diffusers"
+    space: str = "storybook"
+    mapper: str = "compact"
+    vokens: int = 8
+    steps: int = 500
+    batch: int = 16
+    mapper_rate: float = 1e-3
+    row_rate: float = 4e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    text_weight: float = 0.01
+    image_weight: float = 1.0
+    caption_weight: float = 0.1
+    caption_target: str = "standardised"
+    image_from: float = 1.0
+    min_snr_gamma: float = 5.0
+    dropout: float = 0.1
+    preview_every: int = 200
+    save_every: int = 200
+    seed: int = 0
+
+
+class Targets:
+    """What the mapper should answer: the diffusion model's own text encoder on the full caption."""
+
+    def __init__(self, pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> None:
+        self.pipeline = pipeline
+        states = torch.cat([self.encode(captions[i : i + 64]) for i in range(0, len(captions), 64)])
+        self.mean, self.deviation = target_statistics(states, smallest=1e-2)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(B, T, C)."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        length = tokenizer.model_max_length
+        ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return encoder(ids.input_ids.to(encoder.device))[0]
+
+
+def load_diffusion(folder: Path) -> StableDiffusionPipeline:
+    """The frozen text-to-image model of a diffusers folder."""
+    if not (folder / "model_index.json").is_file():
+        raise BadInputError(f"{folder} is no diffusers folder (no model_index.json). Set diffusion to one that is.")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        part.requires_grad_(False)
+    return pipeline
+
+
+def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
+    """An untrained mapper of the recipe's kind; a compact one answers in the text encoder's scale from the start."""
+    if recipe.space not in SPACES:
+        raise BadInputError(f"Unknown space {recipe.space!r}. Known: {', '.join(SPACES)}.")
+    configs = {"compact": compact_config, "reference": reference_config}
+    if recipe.mapper not in configs:
+        raise BadInputError(f"Unknown mapper {recipe.mapper!r}. Known: {', '.join(configs)}.")
+    mapper = build_mapper(configs[recipe.mapper](SPACES[recipe.space], llm.width, recipe.vokens))
+    if recipe.mapper == "compact":
+        mapper.target_mean.copy_(targets.mean)
+        mapper.target_std.copy_(targets.deviation)
+    return mapper
+
+
+class PictureLosses:
+    """Caption alignment and diffusion loss of a batch of voken states, with classifier-free dropout."""
+
+    def __init__(self, recipe: StageRecipe, mapper: Mapper, targets: Targets) -> None:
+        self.recipe, self.mapper, self.targets = recipe, mapper, targets
+        self.unet = targets.pipeline.unet
+        self.noise = DDPMScheduler.from_config(targets.pipeline.scheduler.config)
+        self.weights = LossWeights(recipe.text_weight, recipe.image_weight, recipe.caption_weight)
+
+    def __call__(
+        self, states: Tensor, captions: Sequence[str], latents: Tensor | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """`states` (B, V, L); `latents` (B, 4, h, w), or None while the diffusion loss is off."""
+        states, dropped = drop_states(states, self.recipe.dropout, generator)
+        answer = self.mapper(states).tokens
+        texts = ["" if gone else text for text, gone in zip(captions, dropped.tolist(), strict=True)]
+        scale = self.targets.deviation if self.recipe.caption_target == "standardised" else None
+        losses = {"caption": caption_loss(answer, self.targets.encode(texts), scale)}
+        if latents is not None:
+            losses["image"] = self._image(answer, latents, generator)
+        return losses
+
+    def _image(self, answer: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(latents.shape, generator=generator)
+        steps = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), generator=generator)
+        predicted = self.unet(self.noise.add_noise(latents, noise, steps), steps, answer).sample
+        return diffusion_loss(predicted, noise, compute_snr(self.noise.alphas_cumprod, steps), self.recipe.min_snr_gamma)
+
+
+class Run:
+    """A run's folder: state to resume from, previews, and at the end `mapper.safetensors` and `adapter/`."""
+
+    def __init__(self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator) -> None:
+        self.recipe, self.out, self.stage, self.accelerator = recipe, out, stage, accelerator
+        if out.is_file() or any(parent.is_file() for parent in out.parents):
+            raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "recipe.json").write_text(json.dumps({"stage": stage, **asdict(recipe)}, indent=1) + "\n")
+
+    def resume(self) -> int:
+        """Loads the newest state; returns the step it was saved at."""
+        state = self.out / "state"
+        if not (state / "step.json").is_file():
+            raise BadInputError(f"--resume: {self.out} holds no saved state. Leave --resume out to start anew.")
+        self.accelerator.load_state(str(state))
+        return json.loads((state / "step.json").read_text())["step"]
+
+    def save_state(self, step: int) -> None:
+        """Writes the whole state beside the old one and moves it into place."""
+        fresh, old = self.out / "state.new", self.out / "state"
+        shutil.rmtree(fresh, ignore_errors=True)
+        self.accelerator.save_state(str(fresh))
+        (fresh / "step.json").write_text(json.dumps({"step": step}))
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(fresh, old)
+
+    def save_result(self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any) -> None:
+        """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
+        trained = {"stage": self.stage, "steps": step, "seed": self.recipe.seed, "code": code_version(), **notes}
+        header = MapperHeader(
+            SPACES[self.recipe.space], llm_folder.name, mapper.config.llm_width, hash_weights(llm_folder), trained
+        )
+        save_mapper(self.out / "mapper.safetensors", mapper, header)
+        adapted.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)
+
+    @torch.no_grad()
+    def preview(self, step: int, pipeline: StableDiffusionPipeline, conditioning: Tensor, negative: Tensor) -> None:
+        """Draws fixed prompts: (B, T, C) conditioning and the (1, T, C) negative."""
+        pictures = pipeline(
+            prompt_embeds=conditioning,
+            negative_prompt_embeds=negative.expand(len(conditioning), -1, -1),
+            num_inference_steps=15,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
+
+
+def code_version() -> str:
+    """The version of this package."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("minigpt5")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def step_generator(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
+    """Random numbers of one step, the same whether the run was resumed or not."""
+    return random.Random(f"{seed}/{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def train(
+    run: Run, start: int, one_step: Callable[[int], dict[str, float]], save: Callable[[int], None]
+) -> None:
+    """The loop of both stages: step, report, save every so often; Ctrl-C saves and is passed on."""
+    recipe = run.recipe
+    progress = Progress(recipe.steps, start=start)
+    step = start
+    try:
+        for step in range(start + 1, recipe.steps + 1):
+            progress.update(step, recipe.batch, **one_step(step))
+            if step % recipe.save_every == 0:
+                run.save_state(step)
+    except KeyboardInterrupt:
+        run.save_state(step - 1)
+        print(f"interrupted: state of step {step - 1} saved in {run.out}; go on with --resume")
+        raise
+    run.save_state(step)
+    save(step)

@@ -1,0 +1,226 @@
+"""Trains the storybook's text-to-image model from nothing: tokenizer, text encoder, UNet; diffusers layout.
+
+It is the "pretrained diffusion model" of the method (arXiv 2310.02239) and the two-stage baseline's text-to-image
+model, so its text encoder learns full captions and story sentences alike. Latents are encoded once and kept.
+"""
+
+import random
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.training_utils import EMAModel, compute_snr
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..progress import Progress, grid
+from .autoencoder import to_tensor
+from .render import render
+from .stories import stories, training_state
+from .world import State
+
+TOKENS = 77
+PREVIEW = (
+    "a fox with a red balloon in the snow by day",
+    "a bear with a golden key on the beach at night",
+    "a panda in the city by day",
+    "a unicorn with a purple umbrella in the forest at night and a butterfly",
+    "a penguin with a red apple in the desert by day",
+    "a mouse with a slice of cake in the village by day and a bee",
+    "a lion with a football in the forest by day",
+    "Mia the cat is in the snow. She has a golden crown. It is night.",
+)
+
+
+@dataclass(frozen=True)
+class DiffusionRecipe:
+    """How to train text encoder and UNet. Until `freeze_text_encoder_share` of the steps both learn; then only the
+    UNet does, so that a mapper can be aligned with the text encoder meanwhile."""
+
+    scenes: int = 8000
+    steps: int = 2600
+    batch: int = 24
+    learning_rate: float = 8e-4
+    freeze_text_encoder_share: float = 0.4
+    sentence_share: float = 0.3
+    empty_share: float = 0.1
+    min_snr_gamma: float = 5.0
+    ema_decay: float = 0.998
+    text_width: int = 128
+    text_layers: int = 2
+    block_out_channels: tuple = (64, 128, 128)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Pictures as scaled latents (N, 4, 16, 16), each with its full caption and a story's sentence."""
+
+    latents: Tensor
+    captions: list[str]
+    sentences: list[str]
+
+    def texts(self, rows: list[int], recipe: DiffusionRecipe, draw: random.Random) -> list[str]:
+        """A text for each row: mostly the caption, sometimes the sentence, sometimes nothing."""
+        chosen = []
+        for row in rows:
+            chance = draw.random()
+            if chance < recipe.empty_share:
+                chosen.append("")
+            elif chance < recipe.empty_share + recipe.sentence_share:
+                chosen.append(self.sentences[row])
+            else:
+                chosen.append(self.captions[row])
+        return chosen
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges cover the world's words; printable characters keep a token of their own."""
+    corpus = [text for _, story in zip(range(3000), stories(99)) for s in story for text in (s.text, s.caption, s.request)]
+    corpus += [" ".join(string.printable)] * 3
+    tokenizer = CLIPTokenizer().train_new_from_iterator(corpus, vocab_size=1536, show_progress=False)
+    tokenizer.model_max_length = TOKENS
+    return tokenizer
+
+
+def build_text_encoder(recipe: DiffusionRecipe, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A small untrained CLIP text encoder, (B, 77) ids -> (B, 77, text_width)."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.text_width,
+        intermediate_size=4 * recipe.text_width,
+        projection_dim=recipe.text_width,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_factor=1.0,
+    )
+    return CLIPTextModel(config)
+
+
+def build_unet(recipe: DiffusionRecipe, latent_channels: int) -> UNet2DConditionModel:
+    """A small untrained UNet over 16x16 latents."""
+    levels = len(recipe.block_out_channels)
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=recipe.block_out_channels,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        layers_per_block=1,
+        cross_attention_dim=recipe.text_width,
+        attention_head_dim=4,
+    )
+
+
+def build_pipeline(recipe: DiffusionRecipe, autoencoder: Path) -> StableDiffusionPipeline:
+    """The whole untrained text-to-image pipeline around a trained autoencoder."""
+    torch.manual_seed(recipe.seed)
+    vae = AutoencoderTiny.from_pretrained(autoencoder)
+    tokenizer = build_tokenizer()
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=build_text_encoder(recipe, tokenizer),
+        tokenizer=tokenizer,
+        unet=build_unet(recipe, vae.config.latent_channels),
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderTiny, count: int, seed: int) -> Scenes:
+    """Draws `count` scenes, half from stories, half with any state, and encodes them once."""
+    draw = random.Random(f"pictures/{seed}")
+    told = (scene for story in stories(seed) for scene in story)
+    items: list[tuple[State, str, str]] = []
+    while len(items) < count:
+        scene = next(told)
+        items.append((scene.state, scene.caption, scene.text))
+        state = training_state(draw)
+        items.append((state, state.caption(), state.caption()))
+    latents = []
+    for first in range(0, count, 16):
+        pictures = to_tensor([render(state, draw) for state, _, _ in items[first : first + 16]])
+        latents.append(vae.encode(pictures).latents * vae.config.scaling_factor)
+    return Scenes(torch.cat(latents), [item[1] for item in items], [item[2] for item in items])
+
+
+def encode_texts(pipeline: StableDiffusionPipeline, texts: list[str]) -> Tensor:
+    """(B, 77, C), as the pipeline itself encodes prompts."""
+    ids = pipeline.tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return pipeline.text_encoder(ids.input_ids)[0]
+
+
+def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start: Path | None = None) -> None:
+    """Trains and writes the diffusers folder `out`; `start` goes on from an earlier folder's weights."""
+    torch.manual_seed(recipe.seed)
+    draw = random.Random(recipe.seed)
+    pipeline = StableDiffusionPipeline.from_pretrained(start) if start else build_pipeline(recipe, autoencoder)
+    unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
+    data = encode_scenes(pipeline.vae, recipe.scenes, recipe.seed)
+    noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    parameters = [*unet.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.05)
+    average = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75)
+    progress = Progress(recipe.steps)
+    for step in range(1, recipe.steps + 1):
+        if step == int(recipe.steps * recipe.freeze_text_encoder_share):
+            text_encoder.requires_grad_(False)
+            text_encoder.save_pretrained(out / "text_encoder")
+            save_pipeline(pipeline, average, out)
+            (out / "text_encoder_is_final").touch()
+        rows = draw.choices(range(len(data.latents)), k=recipe.batch)
+        conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
+        loss = noise_loss(unet, noise_scheduler, data.latents[rows], conditioning, recipe.min_snr_gamma)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.step(unet.parameters())
+        progress.update(step, recipe.batch, loss=loss.item())
+        if step % 400 == 0 or step == recipe.steps:
+            save_pipeline(pipeline, average, out)
+
+
+def noise_loss(
+    unet: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Tensor, conditioning: Tensor, gamma: float
+) -> Tensor:
+    """Mean squared error of the predicted noise, weighted by min(SNR, gamma) / SNR (arXiv 2303.09556)."""
+    noise = torch.randn_like(latents)
+    steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
+    predicted = unet(scheduler.add_noise(latents, noise, steps), steps, conditioning).sample
+    snr = compute_snr(scheduler, steps)
+    weights = snr.clamp(max=gamma) / snr
+    return ((predicted - noise).square().mean((1, 2, 3)) * weights).mean()
+
+
+@torch.no_grad()
+def save_pipeline(pipeline: StableDiffusionPipeline, average: EMAModel, out: Path) -> None:
+    """Writes the folder with the averaged UNet, and a preview of fixed prompts beside it."""
+    average.store(pipeline.unet.parameters())
+    average.copy_to(pipeline.unet.parameters())
+    pipeline.save_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    pictures = pipeline(list(PREVIEW), num_inference_steps=20, guidance_scale=3.0, generator=generator).images
+    grid(pictures, 4).save(out.parent / f"{out.name}_preview.png")
+    average.restore(pipeline.unet.parameters())
