@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from tqdm import tqdm
 
-    from .pipeline import Teller
+    from .pipeline import StoryTeller
 
 BAD_INPUT, INTERRUPTED = 2, 130
 EXAMPLE = "Mia the fox wakes up in a snowy forest."
@@ -127,16 +127,17 @@ def _beginning(given: argparse.Namespace) -> tuple[Story, "list[Image.Image | No
     return story, read_pictures(story, folder), given.out or folder
 
 
-def _load(given: argparse.Namespace, bars: "_Bars") -> "Teller":
+def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
     if given.llm is None and not is_llm(default_folder()):
         print(f"Unpacking {NAME}, this once.")
+    bars("loading", 0, 1)  # seen while Python imports torch
     from .pipeline import Parts, load
 
     return load(Parts(given.llm, given.adapter, given.mapper, given.diffusion, given.device), bars)
 
 
 def _tell_and_save(
-    teller: "Teller",
+    teller: "StoryTeller",
     given: argparse.Namespace,
     story: Story,
     pictures: "list[Image.Image | None]",
@@ -153,12 +154,20 @@ def _tell_and_save(
             pictures.append(scene.picture)
             bars.close()
             print(f"{told}/{given.scenes}  {scene.text}", flush=True)
+            if scene.dropped:
+                print(
+                    f"(The story is longer than the model's context: {_listed(scene.dropped)} left out from here.)"
+                )
             bars.start_scene(told + 1, given.scenes)
     finally:
         bars.close()
         if told:
             write_story(folder, story, pictures)
             print(f"Open {folder / HTML}")
+
+
+def _listed(scenes: tuple[int, ...]) -> str:
+    return f"scene {scenes[0]} was" if len(scenes) == 1 else f"scenes {', '.join(map(str, scenes))} were"
 
 
 class _Bars:

@@ -32,6 +32,7 @@ class Parts:
 class ToldScene:
     text: str
     picture: Image.Image
+    dropped: tuple[int, ...] = ()
 
 
 class Teller:
@@ -55,7 +56,8 @@ class Teller:
             self.on_progress("writing", 3, 50)
             self.on_progress("drawing", 1, 2)
             self.on_progress("drawing", 2, 2)
-            yield ToldScene(f"Scene {number}.", Image.new("RGB", (8, 8), (number, story.seed % 256, 0)))
+            picture = Image.new("RGB", (8, 8), (number, story.seed % 256, 0))
+            yield ToldScene(f"Scene {number}.", picture, tuple(range(2, number - 2)))
 
 
 class Pipeline(ModuleType):
@@ -142,6 +144,12 @@ def test_settings_nobody_gave_are_left_to_the_pipeline(pipeline: Pipeline) -> No
 def test_words_the_storybook_cannot_draw_are_named(capsys: pytest.CaptureFixture) -> None:
     assert main(["A dragon in a castle", "--scenes", "1"]) == 0
     assert "cannot draw these words: dragon, castle." in capsys.readouterr().out
+
+
+def test_scenes_that_no_longer_fit_the_context_are_named(capsys: pytest.CaptureFixture) -> None:
+    main(["Mia", "--scenes", "6"])
+    printed = capsys.readouterr().out
+    assert "scene 2 was left out" in printed and "scenes 2, 3 were left out" in printed
 
 
 @pytest.mark.parametrize(
