@@ -2,8 +2,8 @@
 #   make story PROMPT="Mia the fox wakes up in a snowy forest." [SCENES=4] [SEED=0] [OUT=story]
 #   make test      every test
 #   make check     format, lint, types and the fast tests
-# PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, for example
-#   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"   (a build of torch for the CPU alone)
+# PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, such as
+#   PIP_ARGS="--extra-index-url URL"   (URL: the index with torch built for the CPU alone that pytorch.org names)
 
 PYTHON ?= python3
 PIP_ARGS ?=
