@@ -126,7 +126,9 @@ class _Row:
         return (last or []) + owed
 
     def _sample(self, logits: Tensor) -> int:
-        history = torch.tensor([[*self.sampling.penalised_prefix, *self.ids]], dtype=torch.long, device=logits.device)
+        history = torch.tensor(
+            [[*self.sampling.penalised_prefix, *self.ids]], dtype=torch.long, device=logits.device
+        )
         scores = self.warpers(history, logits[None].float())
         scores = SuppressTokensLogitsProcessor(self._forbidden(), device=logits.device)(history, scores)
         if self.sampling.temperature == 0:
@@ -134,10 +136,11 @@ class _Row:
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self.generator))
 
     def _forbidden(self) -> list[int]:
-        """Vokens that may not come now: never a later one by itself, and [IMG0] only where a picture may stand."""
-        too_early = self.sampling.pictures == "after_text" and not self.ids
+        """What may not come now: never a later voken by itself, and [IMG0] only where a picture may stand."""
+        if self.sampling.pictures == "after_text" and not self.ids:
+            return [*self.llm.voken_ids, *self.stop_ids]
         full = len(self.states) >= self.sampling.max_pictures
-        return self.llm.voken_ids if too_early or full or self.sampling.pictures == "none" else self.llm.voken_ids[1:]
+        return self.llm.voken_ids if full or self.sampling.pictures == "none" else self.llm.voken_ids[1:]
 
     def _in_stop_string(self) -> bool:
         tail = self.llm.tokenizer.decode(self.ids[-16:]) if self.sampling.stop_strings else ""
@@ -149,7 +152,9 @@ class _Row:
         for stop in self.sampling.stop_strings:
             text = text.split(stop)[0]
         count, width = len(self.llm.voken_ids), self.llm.width
-        states = torch.stack(self.states) if self.states else torch.zeros(0, count, width, device=self.llm.device)
+        states = (
+            torch.stack(self.states) if self.states else torch.zeros(0, count, width, device=self.llm.device)
+        )
         return Reply(self.ids, text.strip(), states, self.stopped)
 
 
@@ -168,7 +173,9 @@ def generate(
     step of a row; a true answer stops everything, and the replies so far are returned with `stopped` = "cancelled".
     """
     if len(seeds) != len(prompts) or (cache is not None and len(prompts) != 1):
-        raise ValueError(f"{len(prompts)} prompts need as many seeds (got {len(seeds)}); a cache serves one prompt.")
+        raise ValueError(
+            f"{len(prompts)} prompts need as many seeds (got {len(seeds)}); a cache serves one prompt."
+        )
     rows = [_Row(llm, sampling, seed) for seed in seeds]
     feeder = _Feeder(llm, len(rows), cache)
     last = feeder.start(prompts)
@@ -246,7 +253,9 @@ def embed_prompt(llm: FrozenLLM, prompt: Prompt) -> Tensor:
     embedded = llm.embed(torch.tensor([prompt.ids], device=llm.device))[0]
     images = iter(prompt.images)
     pieces = [
-        next(images).to(embedded) if prompt.image_id is not None and token == prompt.image_id else embedded[index : index + 1]
+        next(images).to(embedded)
+        if prompt.image_id is not None and token == prompt.image_id
+        else embedded[index : index + 1]
         for index, token in enumerate(prompt.ids)
     ]
     return torch.cat(pieces)

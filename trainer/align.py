@@ -1,6 +1,6 @@
 """Stage 1: captions to pictures. Trains the voken rows and the mapper; the LLM stays frozen (arXiv 2310.02239, 3.3).
 
-    python -m trainer align --recipe trainer/recipes/storybook_align.toml --out runs/align
+python -m trainer align --recipe trainer/recipes/storybook_align.toml --out runs/align
 """
 
 import random
@@ -10,15 +10,26 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from minigpt5_core.llm import FrozenLLM, load_llm
-from minigpt5_core.llm_files import default_llm
-from minigpt5_core.losses import voken_loss
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from minigpt5_core.llm import FrozenLLM, load_llm
+from minigpt5_core.llm_files import default_llm
+from minigpt5_core.losses import voken_loss
+
 from .captions import CaptionCache, block_states, caption_ids
-from .stage import PictureLosses, Run, StageRecipe, Targets, load_diffusion, new_mapper, step_generator, train
+from .stage import (
+    PictureLosses,
+    Run,
+    StageRecipe,
+    Targets,
+    Trained,
+    load_diffusion,
+    new_mapper,
+    step_generator,
+    train,
+)
 from .storybook.autoencoder import to_tensor
 from .storybook.diffusion import PREVIEW
 from .storybook.render import render
@@ -59,7 +70,10 @@ def picture_latents(pipeline: object, states: Sequence[State], draw: random.Rand
     """Scaled latents of freshly drawn pictures, (B, 4, 16, 16)."""
     vae = pipeline.vae  # type: ignore[attr-defined]
     with torch.no_grad():
-        return vae.encode(to_tensor([render(state, draw) for state in states])).latents * vae.config.scaling_factor
+        return (
+            vae.encode(to_tensor([render(state, draw) for state in states])).latents
+            * vae.config.scaling_factor
+        )
 
 
 def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
@@ -74,6 +88,7 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
     states = caption_states(recipe.captions, recipe.seed)
     targets = Targets(pipeline, list(states))
     mapper = new_mapper(recipe, llm, targets)
+    trained = Trained(mapper, trainable(adapted))
     optimizer = torch.optim.AdamW(
         [
             {"params": trainable(adapted), "lr": recipe.row_rate, "weight_decay": 0.0},
@@ -81,7 +96,7 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
         ]
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
-    adapted, mapper, optimizer, schedule = accelerator.prepare(adapted, mapper, optimizer, schedule)
+    trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
     start = run.resume() if resume else 0
     cache = CaptionCache(llm, list(states))
     picture_losses = PictureLosses(recipe, mapper, targets)
@@ -97,7 +112,7 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
         wanted = torch.full((recipe.batch,), llm.voken_ids[0])
         losses["text"] = voken_loss(llm.logits(bucket.last[rows]), wanted)
         accelerator.backward(picture_losses.weights.total(**losses))
-        accelerator.clip_grad_norm_([*trainable(adapted), *mapper.parameters()], 1.0)
+        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)

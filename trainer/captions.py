@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import Turn, chat_text
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
+
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.prompts import Turn, chat_text
 
 
 @dataclass
@@ -33,7 +34,9 @@ class Bucket:
 class CaptionCache:
     """All captions' keys and values, in buckets of equal length, so that no batch needs padding."""
 
-    def __init__(self, llm: FrozenLLM, captions: Sequence[str], batch: int = 16, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, llm: FrozenLLM, captions: Sequence[str], batch: int = 16, dtype: torch.dtype = torch.float32
+    ):
         self.llm = llm
         by_length: dict[int, list[tuple[str, list[int]]]] = defaultdict(list)
         for caption in captions:
@@ -49,7 +52,9 @@ class CaptionCache:
         for first in range(0, len(items), batch):
             ids = torch.tensor([item[1] for item in items[first : first + batch]], device=self.llm.device)
             output = self.llm.decoder(inputs_embeds=self.llm.embed(ids), use_cache=True)
-            parts.append([(layer.keys.to(dtype), layer.values.to(dtype)) for layer in output.past_key_values.layers])
+            parts.append(
+                [(layer.keys.to(dtype), layer.values.to(dtype)) for layer in output.past_key_values.layers]
+            )
             last.append(output.last_hidden_state[:, -1])
             bar.update(len(ids))
         layers = [
@@ -78,6 +83,9 @@ def block_states(llm: FrozenLLM, bucket: Bucket, rows: list[int]) -> Tensor:
     length = bucket.layers[0][0].shape[2]
     positions = torch.arange(length, length + ids.shape[1], device=llm.device)[None]
     output = llm.decoder(
-        inputs_embeds=llm.embed(ids), past_key_values=bucket.past(rows), position_ids=positions, use_cache=True
+        inputs_embeds=llm.embed(ids),
+        past_key_values=bucket.past(rows),
+        position_ids=positions,
+        use_cache=True,
     )
     return torch.cat((bucket.last[rows][:, None], output.last_hidden_state), 1)

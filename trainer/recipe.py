@@ -20,7 +20,11 @@ def load_recipe(kind: type[Recipe], path: Path | None, changes: list[str]) -> Re
         key, equals, value = change.partition("=")
         if not equals:
             raise BadInputError(f"--set {change!r} has no '='. Write --set key=value, e.g. --set steps=100.")
-        values[key.strip()] = _parse(value.strip())
+        *tables, name = key.strip().split(".")
+        place = values
+        for table in tables:
+            place = place.setdefault(table, {})
+        place[name] = _parse(value.strip())
     return _build(kind, values, str(path) if path else "--set")
 
 
@@ -28,7 +32,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BadInputError(f"Recipe {path} cannot be read: {error.strerror}. See trainer/recipes/.") from error
+        raise BadInputError(
+            f"Recipe {path} cannot be read: {error.strerror}. See trainer/recipes/."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInputError(f"Recipe {path} is not valid TOML: {error}.") from error
 
@@ -62,10 +68,14 @@ def _build(kind: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
 
 def _coerce(value: Any, expected: Any, key: str, source: str) -> Any:
     name = str(getattr(expected, "__name__", expected))
+    if isinstance(expected, type) and dataclasses.is_dataclass(expected) and isinstance(value, dict):
+        return _build(expected, value, f"{source}: {key}")
     if name.startswith("tuple") and isinstance(value, list):
         return tuple(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(expected, type) and (not isinstance(value, expected) or (expected is int and value is True)):
+    if isinstance(expected, type) and (
+        not isinstance(value, expected) or (expected is int and value is True)
+    ):
         raise BadInputError(f"{source}: {key} = {value!r} should be of type {name}.")
     return value

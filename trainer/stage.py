@@ -12,14 +12,22 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import PeftModel
+from torch import Tensor, nn
+
 from minigpt5_core.conditioning import SPACES
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.losses import LossWeights, caption_loss, compute_snr, diffusion_loss, drop_states, target_statistics
-from minigpt5_core.mapper import Mapper, build_mapper, compact_config, reference_config
-from minigpt5_core.weights import MapperHeader, hash_weights, load_mapper, save_mapper
-from peft import PeftModel
-from torch import Tensor
+from minigpt5_core.losses import (
+    LossWeights,
+    caption_loss,
+    compute_snr,
+    diffusion_loss,
+    drop_states,
+    target_statistics,
+)
+from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
+from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
 
 from .progress import Progress, grid
 
@@ -68,14 +76,18 @@ class Targets:
         """(B, T, C)."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         length = tokenizer.model_max_length
-        ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         return encoder(ids.input_ids.to(encoder.device))[0]
 
 
 def load_diffusion(folder: Path) -> StableDiffusionPipeline:
     """The frozen text-to-image model of a diffusers folder."""
     if not (folder / "model_index.json").is_file():
-        raise BadInputError(f"{folder} is no diffusers folder (no model_index.json). Set diffusion to one that is.")
+        raise BadInputError(
+            f"{folder} is no diffusers folder (no model_index.json). Set diffusion to one that is."
+        )
     pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
@@ -91,10 +103,19 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
     if recipe.mapper not in configs:
         raise BadInputError(f"Unknown mapper {recipe.mapper!r}. Known: {', '.join(configs)}.")
     mapper = build_mapper(configs[recipe.mapper](SPACES[recipe.space], llm.width, recipe.vokens))
-    if recipe.mapper == "compact":
+    if isinstance(mapper, CompactMapper):
         mapper.target_mean.copy_(targets.mean)
         mapper.target_std.copy_(targets.deviation)
     return mapper
+
+
+class Trained(nn.Module):
+    """Everything that learns, and nothing else: what the optimiser sees and a saved state holds."""
+
+    def __init__(self, mapper: Mapper, adapter_parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.mapper = mapper
+        self.adapter = nn.ParameterList(adapter_parameters)
 
 
 class PictureLosses:
@@ -123,7 +144,9 @@ class PictureLosses:
         noise = torch.randn(latents.shape, generator=generator)
         steps = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), generator=generator)
         predicted = self.unet(self.noise.add_noise(latents, noise, steps), steps, answer).sample
-        return diffusion_loss(predicted, noise, compute_snr(self.noise.alphas_cumprod, steps), self.recipe.min_snr_gamma)
+        return diffusion_loss(
+            predicted, noise, compute_snr(self.noise.alphas_cumprod, steps), self.recipe.min_snr_gamma
+        )
 
 
 class Run:
@@ -140,7 +163,9 @@ class Run:
         """Loads the newest state; returns the step it was saved at."""
         state = self.out / "state"
         if not (state / "step.json").is_file():
-            raise BadInputError(f"--resume: {self.out} holds no saved state. Leave --resume out to start anew.")
+            raise BadInputError(
+                f"--resume: {self.out} holds no saved state. Leave --resume out to start anew."
+            )
         self.accelerator.load_state(str(state))
         return json.loads((state / "step.json").read_text())["step"]
 
@@ -153,17 +178,35 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(fresh, old)
 
-    def save_result(self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any) -> None:
+    def save_result(
+        self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
+    ) -> None:
         """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
-        trained = {"stage": self.stage, "steps": step, "seed": self.recipe.seed, "code": code_version(), **notes}
+        trained = {
+            "stage": self.stage,
+            "steps": step,
+            "seed": self.recipe.seed,
+            "code": code_version(),
+            **notes,
+        }
         header = MapperHeader(
-            SPACES[self.recipe.space], llm_folder.name, mapper.config.llm_width, hash_weights(llm_folder), trained
+            SPACES[self.recipe.space],
+            llm_folder.name,
+            mapper.config.llm_width,
+            hash_weights(llm_folder),
+            trained,
         )
         save_mapper(self.out / "mapper.safetensors", mapper, header)
+        adapted.peft_config[
+            "default"
+        ].base_model_name_or_path = llm_folder.name  # a path would say whose machine
         adapted.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)
+        (self.out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
     @torch.no_grad()
-    def preview(self, step: int, pipeline: StableDiffusionPipeline, conditioning: Tensor, negative: Tensor) -> None:
+    def preview(
+        self, step: int, pipeline: StableDiffusionPipeline, conditioning: Tensor, negative: Tensor
+    ) -> None:
         """Draws fixed prompts: (B, T, C) conditioning and the (1, T, C) negative."""
         pictures = pipeline(
             prompt_embeds=conditioning,

@@ -41,7 +41,9 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
     """An untrained autoencoder of the recipe's size."""
     widths = (recipe.width,) * 4
     return AutoencoderTiny(
-        encoder_block_out_channels=widths, decoder_block_out_channels=widths, latent_channels=recipe.latent_channels
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        latent_channels=recipe.latent_channels,
     )
 
 
@@ -97,7 +99,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
     model = AutoencoderTiny.from_pretrained(start) if start else build_autoencoder(recipe)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.03)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=0.03
+    )
     progress = Progress(recipe.steps)
     for step in range(1, recipe.steps + 1):
         if step == int(recipe.steps * recipe.freeze_encoder_share):
@@ -137,4 +141,6 @@ def save_autoencoder(model: AutoencoderTiny, out: Path) -> None:
     """Writes the folder and a preview: fresh scenes above their reconstructions."""
     model.save_pretrained(out)
     pictures = scenes(8, random.Random(7))
-    grid(to_pictures(torch.cat((pictures, model(pictures).sample))), 8).save(out.parent / f"{out.name}_preview.png")
+    grid(to_pictures(torch.cat((pictures, model(pictures).sample))), 8).save(
+        out.parent / f"{out.name}_preview.png"
+    )

@@ -7,6 +7,7 @@ model, so its text encoder learns full captions and story sentences alike. Laten
 import random
 import string
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,8 +22,10 @@ from diffusers.training_utils import EMAModel, compute_snr
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from minigpt5_core.errors import BadInputError
+
 from ..progress import Progress, grid
-from .autoencoder import to_tensor
+from .autoencoder import AutoencoderRecipe, to_tensor, train_autoencoder
 from .render import render
 from .stories import stories, training_state
 from .world import State
@@ -84,7 +87,9 @@ class Scenes:
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer whose merges cover the world's words; printable characters keep a token of their own."""
-    corpus = [text for _, story in zip(range(3000), stories(99)) for s in story for text in (s.text, s.caption, s.request)]
+    corpus = [
+        text for story in islice(stories(99), 3000) for s in story for text in (s.text, s.caption, s.request)
+    ]
     corpus += [" ".join(string.printable)] * 3
     tokenizer = CLIPTokenizer().train_new_from_iterator(corpus, vocab_size=1536, show_progress=False)
     tokenizer.model_max_length = TOKENS
@@ -136,7 +141,11 @@ def build_pipeline(recipe: DiffusionRecipe, autoencoder: Path) -> StableDiffusio
         tokenizer=tokenizer,
         unet=build_unet(recipe, vae.config.latent_channels),
         scheduler=DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", use_karras_sigmas=True
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            use_karras_sigmas=True,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -164,7 +173,9 @@ def encode_scenes(vae: AutoencoderTiny, count: int, seed: int) -> Scenes:
 
 def encode_texts(pipeline: StableDiffusionPipeline, texts: list[str]) -> Tensor:
     """(B, 77, C), as the pipeline itself encodes prompts."""
-    ids = pipeline.tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    ids = pipeline.tokenizer(
+        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    )
     return pipeline.text_encoder(ids.input_ids)[0]
 
 
@@ -172,13 +183,20 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
     """Trains and writes the diffusers folder `out`; `start` goes on from an earlier folder's weights."""
     torch.manual_seed(recipe.seed)
     draw = random.Random(recipe.seed)
-    pipeline = StableDiffusionPipeline.from_pretrained(start) if start else build_pipeline(recipe, autoencoder)
+    vae = AutoencoderTiny.from_pretrained(autoencoder)
+    pipeline = (
+        StableDiffusionPipeline.from_pretrained(start, vae=vae)
+        if start
+        else build_pipeline(recipe, autoencoder)
+    )
     unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.train()
     data = encode_scenes(pipeline.vae, recipe.scenes, recipe.seed)
     noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, recipe.learning_rate, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps, pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.learning_rate, recipe.steps, pct_start=0.05
+    )
     average = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75)
     progress = Progress(recipe.steps)
     for step in range(1, recipe.steps + 1):
@@ -224,3 +242,33 @@ def save_pipeline(pipeline: StableDiffusionPipeline, average: EMAModel, out: Pat
     pictures = pipeline(list(PREVIEW), num_inference_steps=20, guidance_scale=3.0, generator=generator).images
     grid(pictures, 4).save(out.parent / f"{out.name}_preview.png")
     average.restore(pipeline.unet.parameters())
+
+
+@dataclass(frozen=True)
+class StorybookDiffusionRecipe:
+    """The whole way: the autoencoder first, then text encoder and UNet. 0 steps leaves a part as it was found."""
+
+    autoencoder: AutoencoderRecipe = AutoencoderRecipe()
+    diffusion: DiffusionRecipe = DiffusionRecipe()
+
+
+def train_storybook_diffusion(recipe: StorybookDiffusionRecipe, out: Path, start: Path | None = None) -> None:
+    """Leaves the diffusers folder `out`; `start` is an earlier one whose weights are gone on from."""
+    if start and not (start / "model_index.json").is_file():
+        raise BadInputError(f"--from {start} is no diffusers folder (no model_index.json).")
+    if not start and not (recipe.autoencoder.steps and recipe.diffusion.steps):
+        raise BadInputError(
+            "autoencoder.steps and diffusion.steps can be 0 only with --from, which says what to keep."
+        )
+    autoencoder = start / "vae" if start else None
+    if recipe.autoencoder.steps:
+        autoencoder = out.parent / f"{out.name}_autoencoder"
+        train_autoencoder(recipe.autoencoder, autoencoder, start / "vae" if start else None)
+    assert autoencoder is not None
+    if recipe.diffusion.steps:
+        train_diffusion(recipe.diffusion, autoencoder, out, start)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            start, vae=AutoencoderTiny.from_pretrained(autoencoder)
+        )
+        pipeline.save_pretrained(out)

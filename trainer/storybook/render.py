@@ -35,7 +35,9 @@ def _font() -> ImageFont.FreeTypeFont:
 def glyph(character: str, size: int) -> Image.Image:
     """One glyph as RGBA, scaled so that its longer side is `size` and centred on the bottom of a size x size square."""
     canvas = Image.new("RGBA", (2 * GLYPH_SIZE, 2 * GLYPH_SIZE))
-    ImageDraw.Draw(canvas).text((GLYPH_SIZE // 4, GLYPH_SIZE // 4), character, font=_font(), embedded_color=True)
+    ImageDraw.Draw(canvas).text(
+        (GLYPH_SIZE // 4, GLYPH_SIZE // 4), character, font=_font(), embedded_color=True
+    )
     drawn = canvas.crop(canvas.getbbox())
     scale = size / max(drawn.size)
     drawn = drawn.resize((round(drawn.width * scale), round(drawn.height * scale)), Image.Resampling.LANCZOS)
@@ -58,7 +60,9 @@ def _backdrop(state: State, draw: random.Random) -> Image.Image:
     if place.sea:
         pen.rectangle((0, HORIZON - 16, SIZE, HORIZON - 1), SEA[state.time])
     _paste(picture, "🌙" if night else "☀", 24, CELL * draw.choice((1, 6, 12)), 32)
-    for (character, size), column in zip(place.scenery, draw.choice(((0, 5, 10), (1, 9, 5), (9, 1, 5))), strict=False):
+    for (character, size), column in zip(
+        place.scenery, draw.choice(((0, 5, 10), (1, 9, 5), (9, 1, 5))), strict=False
+    ):
         _paste(picture, character, size, CELL * column, HORIZON + CELL)
     return picture
 
@@ -70,7 +74,13 @@ def render(state: State, draw: random.Random) -> Image.Image:
     column = draw.choice((0, 1)) if hero_on_left else draw.choice((8, 9))
     _paste(picture, HEROES[state.hero], 56, CELL * column, SIZE - CELL)
     if state.prop:
-        _paste(picture, PROPS[state.prop][1], 40, CELL * (column + 7 if hero_on_left else column - 5), SIZE - CELL)
+        _paste(
+            picture,
+            PROPS[state.prop][1],
+            40,
+            CELL * (column + 7 if hero_on_left else column - 5),
+            SIZE - CELL,
+        )
     if state.companion:
         _paste(picture, COMPANIONS[state.companion], 24, CELL * (13 if hero_on_left else 0), SIZE - CELL)
     return picture

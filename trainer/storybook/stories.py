@@ -33,8 +33,17 @@ FINDS = (
     "{who} finds a {prop}.", "Look, a {prop}! {who} picks it up.", "Someone gives {her} a {prop}.",
     "{who} sees a {prop} and takes it.", "{who} gets a {prop}.", "What is this? A {prop} for {her}!",
 )  # fmt: skip
-SWAPS = ("{who} leaves it behind and takes a {prop}.", "{who} trades it for a {prop}.", "Now {lower} has a {prop} instead.")
-NIGHTFALL = ("Night falls.", "The sun goes down.", "It gets dark and the moon comes out.", "Evening turns to night.")
+SWAPS = (
+    "{who} leaves it behind and takes a {prop}.",
+    "{who} trades it for a {prop}.",
+    "Now {lower} has a {prop} instead.",
+)
+NIGHTFALL = (
+    "Night falls.",
+    "The sun goes down.",
+    "It gets dark and the moon comes out.",
+    "Evening turns to night.",
+)
 SUNRISE = ("The sun comes up.", "In the morning {lower} wakes up.", "A new day begins.", "The night is over.")
 JOINS = ("A little {friend} comes along.", "{who} meets a {friend}.", "A {friend} says hello to {her}.")
 LEAVES = ("The {friend} says goodbye.", "The {friend} has to go home.")
@@ -120,7 +129,9 @@ def _first_state(draw: random.Random) -> State:
 def _first_scene(teller: _Teller, state: State) -> TrueScene:
     text = teller.say(OPENINGS_WITH_PROP if state.prop else OPENINGS, state)
     text = f"{text} {teller.say(NIGHTTIME if state.time == 'night' else DAYTIME, state)}".strip()
-    return TrueScene(_opening_request(teller, state, text), text, state, names_kind=True, names_prop=bool(state.prop))
+    return TrueScene(
+        _opening_request(teller, state, text), text, state, names_kind=True, names_prop=bool(state.prop)
+    )
 
 
 def _opening_request(teller: _Teller, state: State, text: str) -> str:
@@ -129,11 +140,14 @@ def _opening_request(teller: _Teller, state: State, text: str) -> str:
     prop = f" with a {PROPS[state.prop][0]}" if state.prop and draw.random() < 0.7 else ""
     where = " " + draw.choice(PLACES[state.place].where) if draw.random() < 0.7 else ""
     when = " at night" if state.time == "night" else draw.choice(("", "", " on a sunny day"))
-    who = draw.choice((f"{teller.name} the {teller.kind}", f"{teller.name} the {teller.kind}", f"a {teller.kind}"))
+    who = draw.choice(
+        (f"{teller.name} the {teller.kind}", f"{teller.name} the {teller.kind}", f"a {teller.kind}")
+    )
     request = draw.choice(
         (
             text,
-            teller.say(OPENINGS_WITH_PROP if state.prop else OPENINGS, state) + (" It is night." if when == " at night" else ""),
+            teller.say(OPENINGS_WITH_PROP if state.prop else OPENINGS, state)
+            + (" It is night." if when == " at night" else ""),
             f"Tell me a story about {who}{prop}{where}{when}.",
             f"A story about {who}{prop}{where}{when}.",
             f"{who}{prop}{where}{when}",
@@ -145,7 +159,9 @@ def _opening_request(teller: _Teller, state: State, text: str) -> str:
 
 def _change(draw: random.Random, state: State) -> tuple[str, State]:
     """What happens next: the kind of change, and the state after it."""
-    kind = draw.choices(("place", "prop", "time", "companion", "rest"), (30, 45 if state.prop is None else 8, 20, 10, 14))[0]
+    kind = draw.choices(
+        ("place", "prop", "time", "companion", "rest"), (30, 45 if state.prop is None else 8, 20, 10, 14)
+    )[0]
     if kind == "place":
         return kind, state.but(place=draw.choice([name for name in PLACES if name != state.place]))
     if kind == "prop":

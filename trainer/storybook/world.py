@@ -4,11 +4,12 @@ A scene's `State` is the truth a picture is scored by. Everything is drawn from 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 HEROES = {
     "fox": "🦊", "bear": "🐻", "rabbit": "🐰", "cat": "🐱", "dog": "🐶", "panda": "🐼", "frog": "🐸", "tiger": "🐯",
-    "lion": "🦁", "pig": "🐷", "mouse": "🐭", "cow": "🐮", "monkey": "🐵", "wolf": "🐺", "penguin": "🐧", "unicorn": "🦄",
+    "lion": "🦁", "pig": "🐷", "mouse": "🐭", "cow": "🐮", "monkey": "🐵", "wolf": "🐺",
+    "penguin": "🐧", "unicorn": "🦄",
 }  # fmt: skip
 
 # word -> (noun phrase, glyph)
@@ -124,7 +125,7 @@ class State:
 
     def but(self, **changes: str | None) -> "State":
         """This state with some of it changed."""
-        return replace(self, **changes)
+        return State(**{**asdict(self), **changes})
 
 
 def held_out(state: State) -> bool:

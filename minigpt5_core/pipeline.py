@@ -1,0 +1,223 @@
+"""A story from end to end: the LLM writes, its vokens go through the mapper, a diffusers pipeline draws.
+
+teller = load(Parts())
+for scene in teller.tell(Story("Mia the fox wakes up in a snowy forest.", seed=0), scenes=4):
+    print(scene.text); scene.picture.save(...)
+"""
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from .conditioning import Conditioning
+from .errors import BadInputError, CancelledError
+from .generate import Reply, Sampling, StoryCache, generate
+from .llm import FrozenLLM, load_adapter, load_llm
+from .llm_files import default_llm
+from .mapper import Mapper
+from .prompts import NEXT, Turn, fit_chat
+from .story import Story
+from .weights import MapperHeader, hash_weights, load_mapper
+
+STORYBOOK = Path(__file__).resolve().parent.parent / "storybook"
+STORYBOOK_SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=50, max_new_tokens=60)
+
+log = logging.getLogger("minigpt5")
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a story is told with; None stands for the storybook's own part."""
+
+    llm: Path | None = None
+    adapter: Path | None = None
+    mapper: Path | None = None
+    diffusion: Path | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class ToldScene:
+    """One scene as it was told; `dropped` are earlier scenes (counted from 1) that no longer fit the LLM's context."""
+
+    text: str
+    picture: Image.Image
+    dropped: tuple[int, ...] = ()
+
+
+class StoryTeller:
+    """A frozen LLM, a mapper and a diffusers pipeline that fit each other."""
+
+    def __init__(
+        self,
+        llm: FrozenLLM,
+        mapper: Mapper,
+        diffusion: DiffusionPipeline,
+        words: frozenset[str] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        self.llm, self.mapper, self.diffusion = llm, mapper, diffusion
+        self.words = words
+        self.on_progress = on_progress or (lambda stage, done, total: None)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The prompt's words that the storybook cannot draw, in order; none for other diffusion models."""
+        if self.words is None:
+            return []
+        names = {
+            name.lower()
+            for name in re.findall(r"\b([A-Z]\w+) the\b|\b(?:called|named) (\w+)", prompt)
+            for name in name
+        }
+        spoken = re.findall(r"[^\W\d_]+", prompt.lower())
+        return [word for word in dict.fromkeys(spoken) if not names & {word} and not self._knows(word)]
+
+    def _knows(self, word: str) -> bool:
+        assert self.words is not None
+        return len(word) < 3 or bool(self.words & {word, word.removesuffix("s"), word.removesuffix("es")})
+
+    def tell(
+        self,
+        story: Story,
+        scenes: int = 4,
+        steps: int = 20,
+        guidance: float = 3.0,
+        sampling: Sampling = STORYBOOK_SAMPLING,
+    ) -> Iterator[ToldScene]:
+        """Yields `scenes` new scenes after those the story already holds; scene i draws with seed + i.
+
+        Raises BadInputError for an opening that does not fit the LLM's context.
+        """
+        turns = [
+            Turn(NEXT if index else story.prompt, scene.text) for index, scene in enumerate(story.scenes)
+        ]
+        cache = StoryCache()
+        for index in range(len(turns), len(turns) + scenes):
+            turns.append(Turn(NEXT if index else story.prompt))
+            seed = (story.seed + index) % 2**63
+            reply, dropped = self._write(turns, sampling, seed, cache)
+            turns[-1] = replace(turns[-1], text=reply.text)
+            picture = self._draw(reply, seed, steps, guidance)
+            yield ToldScene(reply.text, picture, tuple(turn + 1 for turn in dropped))
+
+    def _write(
+        self, turns: list[Turn], sampling: Sampling, seed: int, cache: StoryCache
+    ) -> tuple[Reply, tuple[int, ...]]:
+        room = sampling.max_new_tokens + len(self.llm.voken_ids)
+        fitted = fit_chat(self.llm, turns, room)
+        ticks = iter(range(1, room + 1))
+        reply = generate(
+            self.llm,
+            [fitted.prompt],
+            sampling,
+            [seed],
+            cache,
+            lambda row: self.on_progress("writing", next(ticks), room),
+        )[0]
+        if reply.stopped == "cancelled":
+            raise CancelledError
+        self.on_progress("writing", room, room)
+        return reply, fitted.dropped
+
+    @torch.no_grad()
+    def _draw(self, reply: Reply, seed: int, steps: int, guidance: float) -> Image.Image:
+        positive, negative = self.mapper(reply.voken_states[:1]), self.mapper.negative()
+
+        def tick(pipeline: DiffusionPipeline, step: int, timestep: object, tensors: dict) -> dict:
+            self.on_progress("drawing", step + 1, steps)
+            return tensors
+
+        return self.diffusion(
+            **prompt_arguments(positive, negative),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=tick,
+        ).images[0]
+
+
+def prompt_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:
+    """What a diffusers pipeline takes in place of a prompt."""
+    arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
+    if positive.pooled is not None and negative.pooled is not None:
+        arguments |= {
+            "pooled_prompt_embeds": positive.pooled,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }
+    return arguments
+
+
+def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> StoryTeller:
+    """Loads the parts and checks that they fit each other; BadInputError says which do not, and what to load."""
+    parts = parts or Parts()
+    tick = on_progress or (lambda stage, done, total: None)
+    device = parts.device or "cpu"
+    mapper_file = parts.mapper or STORYBOOK / "voken_mappers" / "storybook.safetensors"
+    mapper, header = load_mapper(mapper_file)
+    tick("loading", 1, 4)
+    llm_folder = parts.llm or default_llm()
+    llm = load_llm(llm_folder, mapper.config.vokens, device=device)
+    _check_llm(llm, llm_folder, header, mapper_file)
+    tick("loading", 2, 4)
+    llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")
+    tick("loading", 3, 4)
+    diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device)
+    check_diffusion(diffusion, header, mapper_file)
+    tick("loading", 4, 4)
+    words = _storybook_words() if parts.diffusion is None else None
+    return StoryTeller(llm, mapper.to(device), diffusion, words, on_progress)
+
+
+def load_diffusion(folder: Path, device: str = "cpu") -> DiffusionPipeline:
+    """A diffusers folder, in float32; BadInputError when it is none or its files are broken."""
+    if not (folder / "model_index.json").is_file():
+        raise BadInputError(
+            f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
+            "pipeline was saved to."
+        )
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInputError(
+            f"The diffusion model in {folder} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:
+    """Raises BadInputError when the mapper answers in another width than the UNet listens to."""
+    denoiser = getattr(diffusion, "unet", None)
+    found = denoiser.config.cross_attention_dim if denoiser is not None else None
+    if found is not None and found != header.space.width:
+        raise BadInputError(
+            f"The mapper {file.name} is for the space {header.space}, but this diffusion model takes conditioning of "
+            f"width {found}. Give a mapper trained for it with --mapper, or another model with --diffusion."
+        )
+
+
+def _check_llm(llm: FrozenLLM, folder: Path, header: MapperHeader, file: Path) -> None:
+    if llm.width != header.llm_width:
+        raise BadInputError(
+            f"The mapper {file.name} was trained for the LLM {header.llm_id} of width {header.llm_width}, but "
+            f"{folder.name} is {llm.width} wide. Give that LLM with --llm, or a mapper for this one with --mapper."
+        )
+    if hash_weights(folder) != header.llm_hash:
+        log.warning(
+            "The mapper %s was trained with other weights of %s than those in %s; pictures may suffer.",
+            file.name, header.llm_id, folder,
+        )  # fmt: skip
+
+
+def _storybook_words() -> frozenset[str]:
+    world = json.loads((STORYBOOK / "world.json").read_text(encoding="utf-8"))
+    return frozenset(world["words"]) | frozenset(world["plain_words"])

@@ -1,0 +1,5 @@
+"""`python -m trainer`, from the repository's folder."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""python -m trainer COMMAND --recipe FILE.toml --out FOLDER [--set key=value ...]
+
+    storybook            show or write the storybook's stories and pictures
+    storybook-diffusion  train the storybook's autoencoder, text encoder and UNet
+    storybook-scorer     train the classifier that measures pictures
+    align                stage 1: captions to pictures
+    finetune             stage 2: interleaved stories
+    storybook-score      illustrate held-out stories and score the pictures
+
+Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted (with the work saved).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from minigpt5_core.errors import BadInputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--out", type=Path, required=True, help="where the results go")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value"
+        )
+        command.add_argument("--recipe", type=Path, help="a TOML file, see trainer/recipes/")
+        if name in ("align", "finetune"):
+            command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
+        if name in ("finetune", "storybook-diffusion"):
+            command.add_argument(
+                "--from", dest="start", type=Path, help="an earlier run's --out folder to go on from"
+            )
+    return parser
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from .align import AlignRecipe, train_align
+    from .recipe import load_recipe
+
+    train_align(load_recipe(AlignRecipe, arguments.recipe, arguments.set), arguments.out, arguments.resume)
+    return 0
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from .finetune import FinetuneRecipe, train_finetune
+    from .recipe import load_recipe
+
+    recipe = load_recipe(FinetuneRecipe, arguments.recipe, arguments.set)
+    train_finetune(recipe, arguments.out, arguments.start, arguments.resume)
+    return 0
+
+
+def _storybook(arguments: argparse.Namespace) -> int:
+    from .recipe import load_recipe
+    from .storybook.sample import SampleRecipe, write_sample
+
+    write_sample(load_recipe(SampleRecipe, arguments.recipe, arguments.set), arguments.out)
+    return 0
+
+
+def _diffusion(arguments: argparse.Namespace) -> int:
+    from .recipe import load_recipe
+    from .storybook.diffusion import StorybookDiffusionRecipe, train_storybook_diffusion
+
+    recipe = load_recipe(StorybookDiffusionRecipe, arguments.recipe, arguments.set)
+    train_storybook_diffusion(recipe, arguments.out, arguments.start)
+    return 0
+
+
+def _scorer(arguments: argparse.Namespace) -> int:
+    from .recipe import load_recipe
+    from .storybook.scorer import ScorerRecipe, train_scorer
+
+    scores = train_scorer(load_recipe(ScorerRecipe, arguments.recipe, arguments.set), arguments.out)
+    return 0 if min(scores.values()) >= 0.99 else 1
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from .recipe import load_recipe
+    from .storybook.score import ScoreRecipe, score_storybook
+
+    return (
+        0 if score_storybook(load_recipe(ScoreRecipe, arguments.recipe, arguments.set), arguments.out) else 1
+    )
+
+
+COMMANDS = {
+    "storybook": (_storybook, "write stories with their pictures, to look at or to train on"),
+    "storybook-diffusion": (_diffusion, "train the storybook's text-to-image model from nothing"),
+    "storybook-scorer": (_scorer, "train the classifier that measures pictures"),
+    "align": (_align, "stage 1: captions to pictures; trains voken rows and mapper"),
+    "finetune": (_finetune, "stage 2: interleaved stories; trains LoRA, voken rows and mapper"),
+    "storybook-score": (_score, "illustrate held-out stories, their sentences given, and score the pictures"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return COMMANDS[arguments.command][0](arguments)
+    except BadInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,188 @@
+"""Stage 2: interleaved stories. Trains LoRA, the voken rows and the mapper (arXiv 2310.02239, section 3.3).
+
+    python -m trainer finetune --recipe trainer/recipes/storybook_finetune.toml --from runs/align --out runs/finetune
+
+A whole story is one sequence with all its voken blocks, so one forward serves all its pictures.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import get_cosine_schedule_with_warmup
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
+from minigpt5_core.llm_files import default_llm
+from minigpt5_core.losses import IGNORED, voken_loss
+from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.vokens import block_starts, gather_voken_states
+from minigpt5_core.weights import load_mapper
+
+from .align import caption_states, picture_latents, trainable
+from .stage import (
+    PictureLosses,
+    Run,
+    StageRecipe,
+    Targets,
+    Trained,
+    load_diffusion,
+    new_mapper,
+    step_generator,
+    train,
+)
+from .storybook.stories import TrueScene, stories
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(StageRecipe):
+    """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories."""
+
+    stories: int = 2000
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    lora_targets: tuple = ("q_proj", "v_proj")
+    lora_rate: float = 5e-4
+
+
+@dataclass(frozen=True)
+class StorySequence:
+    """A story as ids, the labels of what the LLM should have written (-100 elsewhere), and where its blocks begin."""
+
+    ids: list[int]
+    labels: list[int]
+    blocks: list[int]
+
+
+def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
+    """Every reply counts: its text, [IMG0] and the end mark; later vokens are given, never asked for."""
+    ids = llm.encode(chat_text(llm, turns))
+    labels = [IGNORED] * len(ids)
+    unasked = set(llm.voken_ids[1:])
+    end = llm.tokenizer.eos_token_id
+    for index, turn in enumerate(turns):
+        start = len(llm.encode(chat_text(llm, [*turns[:index], Turn(turn.request)])))
+        stop = next(position for position in range(start, len(ids)) if ids[position] == end) + 1
+        for position in range(start, stop):
+            if ids[position] not in unasked:
+                labels[position] = ids[position]
+    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids))
+
+
+def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
+    """A story of the world as requests and replies."""
+    return [Turn(scene.request, scene.text) for scene in scenes]
+
+
+def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
+    """Adds LoRA and trainable voken rows; the LLM itself is changed in place and stays frozen."""
+    return get_peft_model(
+        llm.causal_lm,
+        LoraConfig(
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=list(recipe.lora_targets),
+            trainable_token_indices=llm.voken_ids,
+        ),
+    )
+
+
+def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:
+    """One forward over stories padded behind: voken states of all blocks (k, V, L), and the text loss."""
+    pad = llm.tokenizer.pad_token_id or 0
+    rows = [torch.tensor(sequence.ids) for sequence in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(llm.device)
+    # no attention mask: padding stands behind everything that counts, and attention is causal
+    hidden = llm.decoder(inputs_embeds=llm.embed(ids)).last_hidden_state
+    blocks = [(row, start) for row, sequence in enumerate(sequences) for start in sequence.blocks]
+    states = gather_voken_states(hidden, blocks, len(llm.voken_ids))
+    asked = [
+        (row, position - 1, label)
+        for row, sequence in enumerate(sequences)
+        for position, label in enumerate(sequence.labels)
+        if label != IGNORED
+    ]
+    row, position, label = (torch.tensor(column, device=llm.device) for column in zip(*asked, strict=True))
+    return states, voken_loss(llm.logits(hidden[row, position]), label)
+
+
+def starting_llm(recipe: FinetuneRecipe, start: Path | None) -> tuple[FrozenLLM, Path]:
+    """The LLM of the recipe, with the voken rows of an earlier run where one is given."""
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    llm = load_llm(folder, recipe.vokens)
+    return (load_adapter(llm, start / "adapter") if start else llm), folder
+
+
+def train_finetune(
+    recipe: FinetuneRecipe, out: Path, start_from: Path | None = None, resume: bool = False
+) -> None:
+    """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`."""
+    if start_from and not (start_from / "mapper.safetensors").is_file():
+        raise BadInputError(
+            f"--from {start_from} holds no mapper.safetensors. Give the --out folder of an align run."
+        )
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    run = Run(recipe, out, "finetune", accelerator)
+    llm, folder = starting_llm(recipe, start_from)
+    adapted = with_lora(llm, recipe)
+    pipeline = load_diffusion(Path(recipe.diffusion))
+    data = list(islice(stories(recipe.seed), recipe.stories))
+    targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
+    mapper = (
+        load_mapper(start_from / "mapper.safetensors")[0] if start_from else new_mapper(recipe, llm, targets)
+    )
+    mapper.train()
+    trained = Trained(mapper, trainable(adapted))
+    rows = [p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" in name]
+    lora = [p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": rows, "lr": recipe.row_rate, "weight_decay": 0.0},
+            {"params": lora, "lr": recipe.lora_rate, "weight_decay": recipe.weight_decay},
+            {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
+        ]
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
+    trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
+    start = run.resume() if resume else 0
+    picture_losses = PictureLosses(recipe, mapper, targets)
+    adapted.train()
+
+    def one_step(step: int) -> dict[str, float]:
+        draw, generator = step_generator(recipe.seed, step)
+        torch.manual_seed(recipe.seed * 1_000_003 + step)  # LoRA's dropout
+        batch = draw.sample(data, recipe.batch)
+        states, text_loss = story_losses(llm, [story_sequence(llm, as_turns(scenes)) for scenes in batch])
+        scenes = [scene for story in batch for scene in story]
+        latents = None
+        if recipe.image_weight and step > recipe.image_from * recipe.steps:
+            latents = picture_latents(pipeline, [scene.state for scene in scenes], draw)
+        losses = picture_losses(states, [scene.caption for scene in scenes], latents, generator)
+        losses["text"] = text_loss
+        accelerator.backward(picture_losses.weights.total(**losses))
+        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % recipe.preview_every == 0:
+            preview(step)
+        return {name: loss.item() for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def preview(step: int) -> None:
+        """The first two held-out stories, their true sentences given."""
+        adapted.eval()
+        told = list(islice(stories(0, "test"), 2))
+        states, _ = story_losses(llm, [story_sequence(llm, as_turns(scenes[:4])) for scenes in told])
+        run.preview(step, pipeline, mapper(states).tokens, mapper.negative().tokens)
+        adapted.train()
+
+    train(run, start, one_step, lambda step: run.save_result(mapper, adapted, folder, step, data="storybook"))
