@@ -1,0 +1,190 @@
+"""The published MiniGPT-5 checkpoints in our classes: their words cut into ids, their weights under our names.
+
+A published checkpoint is a dict of tensors that someone else has read from its pickle: nothing here unpickles.
+Layouts and segmentation: github.com/UCSB-AI/MiniGPT-5 (arXiv 2310.02239), written for transformers 4.31.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from peft import LoraConfig, inject_adapter_in_model
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from .config import MapperConfig
+from .errors import BadInputError
+from .llm import FrozenLLM
+from .losses import IGNORED
+from .mapper import ReferenceMapper
+from .vokens import block_starts, voken_strings
+
+IMAGE_HERE = "<ImageHere>"
+_MAPPER_NAMES = {"fc.": "fc.", "llm_to_t2i_mapping.": "transformer.", "t2i_decoder_prompt": "queries"}
+_LLM_PREFIX = re.compile(r"^model\.llama_model\.(base_model\.model\.)?")
+
+
+class PublishedTokenizer:
+    """The slow LLaMA tokenizer as transformers 4.31 used it, straight on its sentencepiece file.
+
+    Text is split at the special tokens, stripped of white space beside the added ones, and every piece is encoded
+    on its own, with its own leading "_". Added after the file's vocabulary: the vokens, then `<ImageHere>`.
+    Raises BadInputError when the file is no sentencepiece model.
+    """
+
+    def __init__(self, file: Path, vokens: int = 8) -> None:
+        try:
+            self.pieces = SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise BadInputError(f"{file} is no sentencepiece model; give LLaMA's tokenizer.model.") from error
+        size = self.pieces.get_piece_size()
+        added = [*voken_strings(vokens), IMAGE_HERE]
+        own = (self.pieces.unk_id(), self.pieces.bos_id(), self.pieces.eos_id())
+        self.added = {name: size + index for index, name in enumerate(added)}
+        self.special = {self.pieces.id_to_piece(index): index for index in own if index >= 0} | self.added
+        self.voken_ids = [self.added[name] for name in voken_strings(vokens)]
+        self.image_id = self.added[IMAGE_HERE]
+        self.eos_token_id = self.pieces.eos_id()
+        self._boundary = re.compile("(" + "|".join(map(re.escape, self.special)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that may hold special tokens; none is added."""
+        parts = self._boundary.split(text)  # text, special, text, special, ..., text
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            if index % 2:
+                ids.append(self.special[part])
+            elif part := self._strip(part, parts[index - 1 : index], parts[index + 1 : index + 2]):
+                ids += self.pieces.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Text of the ids; special tokens as they are written, or left out."""
+        names = {index: name for name, index in self.special.items()}
+        words: list[str] = []
+        for special, run in groupby(ids, key=names.__contains__):
+            if not special:
+                words.append(self.pieces.decode(list(run)))
+            elif not skip_special_tokens:
+                words += [names[index] for index in run]
+        return " ".join(words)
+
+    def _strip(self, text: str, before: list[str], after: list[str]) -> str:
+        if before and before[0] in self.added:
+            text = text.lstrip()
+        return text.rstrip() if after and after[0] in self.added else text
+
+
+def published_labels(source: list[int], target: list[int], voken_ids: list[int]) -> list[int]:
+    """Labels of one training row: the target without the inner vokens of its first block.
+
+    [IMG0] and, by a slip that belongs to the checkpoints, the last voken stay supervised.
+    """
+    labels = list(target)
+    for start in block_starts(target, voken_ids)[:1]:
+        inner = len(voken_ids) - 2
+        labels[start + 1 : start + 1 + inner] = [IGNORED] * inner
+    return [IGNORED] * len(source) + labels
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """A checkpoint's tensors under our names: the mapper's, and those laid over the base LLM."""
+
+    mapper: dict[str, Tensor]
+    llm: dict[str, Tensor]
+
+    def over(self, earlier: PublishedWeights) -> PublishedWeights:
+        """This (stage 2) checkpoint laid over an earlier (stage 1) one, whose projection and queries it lacks."""
+        return PublishedWeights(earlier.mapper | self.mapper, earlier.llm | self.llm)
+
+
+def our_name(published: str) -> tuple[str, str]:
+    """("mapper" or "llm", our parameter's name) of a tensor in a published checkpoint; BadInputError if unknown."""
+    for theirs, ours in _MAPPER_NAMES.items():
+        if published.startswith(theirs):
+            return "mapper", ours + published.removeprefix(theirs)
+    if match := _LLM_PREFIX.match(published):
+        return "llm", published[match.end() :].replace(".modules_to_save.default", "")
+    raise BadInputError(
+        f"Unknown tensor {published!r} in the checkpoint. Known beginnings: model.llama_model., "
+        f"{', '.join(_MAPPER_NAMES)}. Is this a MiniGPT-5 checkpoint?"
+    )
+
+
+def read_published(checkpoint: dict[str, Tensor]) -> PublishedWeights:
+    """A published checkpoint's `state_dict` under our names."""
+    weights = PublishedWeights({}, {})
+    for published, tensor in checkpoint.items():
+        side, name = our_name(published)
+        (weights.mapper if side == "mapper" else weights.llm)[name] = tensor
+    return weights
+
+
+def build_published_mapper(weights: PublishedWeights, heads: int = 8, vokens: int = 8) -> ReferenceMapper:
+    """The reference mapper with the checkpoint's weights, all sizes but the head count read off them."""
+    missing = {"queries", "fc.0.weight", "transformer.encoder.layers.0.linear1.weight"} - set(weights.mapper)
+    if missing:
+        raise BadInputError(
+            f"The checkpoint lacks the mapper's {', '.join(sorted(missing))}. A stage-2 checkpoint is laid over the "
+            "stage-1 checkpoint it was trained from: give both."
+        )
+    _, tokens, width = weights.mapper["queries"].shape
+    layers = {name.split(".")[3] for name in weights.mapper if name.startswith("transformer.encoder.layers.")}
+    config = MapperConfig(
+        kind="reference",
+        vokens=vokens,
+        llm_width=weights.mapper["fc.0.weight"].shape[1],
+        tokens=tokens,
+        width=width,
+        hidden=width,
+        heads=heads,
+        layers=len(layers),
+        feed_forward=len(weights.mapper["transformer.encoder.layers.0.linear1.weight"]),
+    )
+    mapper = ReferenceMapper(config).eval()
+    _load(mapper, weights.mapper, "mapper")
+    return mapper
+
+
+def build_published_llm(
+    config: LlamaConfig,
+    base: dict[str, Tensor],
+    weights: PublishedWeights,
+    tokenizer: PublishedTokenizer,
+    lora_alpha: float = 16,
+) -> FrozenLLM:
+    """The base LLaMA with the checkpoint's whole embedding and head, and its LoRA layers if it has any.
+
+    `base` are the base model's own tensors. Everything is in float32, eval mode and frozen.
+    """
+    # files of that time also carry the rotary table, which is computed from the config
+    plain = {name: tensor for name, tensor in base.items() if not name.endswith("rotary_emb.inv_freq")}
+    lora = {name: tensor for name, tensor in weights.llm.items() if ".lora_" in name}
+    plain |= {name: tensor for name, tensor in weights.llm.items() if name not in lora}
+    config.vocab_size = len(plain["model.embed_tokens.weight"])
+    model = LlamaForCausalLM(config).float()
+    _load(model, plain, "LLM")
+    if lora:
+        _add_lora(model, lora, lora_alpha)
+    return FrozenLLM(tokenizer, model.requires_grad_(False).eval(), tokenizer.voken_ids)
+
+
+def _add_lora(model: nn.Module, lora: dict[str, Tensor], alpha: float) -> None:
+    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in lora})
+    rank = next(len(tensor) for name, tensor in lora.items() if ".lora_A." in name)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
+    others = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    _load(model, others | lora, "LoRA layers")
+
+
+def _load(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise BadInputError(f"The checkpoint's tensors are not those of the {what}: {error}") from error

@@ -1,0 +1,286 @@
+"""Compares this code with what the published code computed, tensor by tensor:
+
+    python tests/parity.py DIR
+
+DIR holds llama/, sd/, stage1/ and stage2/, each stage with its checkpoint and expected.safetensors. Prints one line
+per tensor: name, maximum absolute error, tolerance, ok. Exits 1 if any is out, 2 if DIR cannot be read. Every size
+comes from the files. Pictures enter as the projected embeddings the fixture holds (vision.image_embeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPTextModel, CLIPTokenizer, LlamaConfig
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.generate import Prompt, Sampling, embed_prompt, generate
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.losses import IGNORED, LossWeights, caption_loss, compute_snr, diffusion_loss, text_loss
+from minigpt5_core.mapper import ReferenceMapper
+from minigpt5_core.published import (
+    PublishedTokenizer,
+    build_published_llm,
+    build_published_mapper,
+    our_name,
+    published_labels,
+    read_published,
+)
+from minigpt5_core.vokens import gather_voken_states
+
+TOLERANCE = 1e-4  # absolute, for values; ids and labels must be equal
+NEW_TOKENS = 40
+
+
+@dataclass
+class Stage:
+    """One stage's fixture and our models with its weights."""
+
+    folder: Path
+    expected: dict[str, Tensor]
+    samples: list[dict]
+    sizes: dict[str, int]
+    tokenizer: PublishedTokenizer
+    llm: FrozenLLM
+    mapper: ReferenceMapper
+    ids: list[tuple[list[int], list[int]]] = field(default_factory=list)  # source and target of each sample
+
+    @property
+    def diffusion(self) -> Path:
+        return self.folder.parent / "sd"
+
+    def prompts(self, rows: list[list[int]]) -> list[Prompt]:
+        """The rows behind one bos id, the fixture's image embeddings dealt to their slots in order."""
+        images = iter(self.expected["vision.image_embeds"])
+        prompts = []
+        for row in rows:
+            slots = row.count(self.tokenizer.image_id)
+            taken = [image for _, image in zip(range(slots), images, strict=False)]
+            if len(taken) < slots:
+                raise BadInputError(
+                    f"{self.folder}: fewer rows in vision.image_embeds than <ImageHere> slots."
+                )
+            prompts.append(Prompt([self.sizes["bos_id"], *row], taken, self.tokenizer.image_id))
+        return prompts
+
+
+def load_stage(folder: Path) -> Stage:
+    """Reads the fixture and builds our models from the published checkpoint."""
+    with safe_open(folder / "expected.safetensors", framework="pt") as opened:
+        names, header = opened.keys(), opened.metadata()
+        expected = {name: opened.get_tensor(name) for name in names if "pixel" not in name}
+    sizes = json.loads(header["sizes"])
+    llama = folder.parent / "llama"
+    tokenizer = PublishedTokenizer(llama / "tokenizer.model", sizes["vokens"])
+    weights = read_published(read_pickle(folder / "model.ckpt")["state_dict"])
+    if (folder / "stage1.ckpt").exists():
+        weights = weights.over(read_published(read_pickle(folder / "stage1.ckpt")["state_dict"]))
+    config, base = LlamaConfig.from_pretrained(llama), read_pickle(llama / "pytorch_model.bin")
+    llm = build_published_llm(config, base, weights, tokenizer, sizes["lora_alpha"])
+    mapper = build_published_mapper(weights, sizes["mapper_heads"], sizes["vokens"])
+    samples = json.loads(header["samples"])
+    ids = [(tokenizer.encode(sample["source"]), tokenizer.encode(sample["target"])) for sample in samples]
+    return Stage(folder, expected, samples, sizes, tokenizer, llm, mapper, ids)
+
+
+def read_pickle(path: Path) -> dict:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def compute_batch(stage: Stage) -> dict[str, Tensor]:
+    """The two samples as the published collator joins and pads them."""
+    pad = stage.sizes["pad_id"]
+    rows = [torch.tensor(source + target) for source, target in stage.ids]
+    labels = [torch.tensor(published_labels(*pair, stage.tokenizer.voken_ids)) for pair in stage.ids]
+    masks = [torch.ones_like(row) for row in rows]
+    return {
+        "in.input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
+        "in.attention_mask": pad_sequence(masks, batch_first=True),
+        "in.labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+
+
+def compute_training(stage: Stage) -> dict[str, Tensor]:
+    """One training step's values, its loss with the graph that leads to the trained parameters."""
+    hidden, labels = run_llm(stage)
+    starts = (labels == stage.tokenizer.voken_ids[0]).nonzero().tolist()
+    states = gather_voken_states(hidden, [(row, start) for row, start in starts], stage.sizes["vokens"])
+    rows = torch.tensor([row for row, _ in starts])
+    values = {
+        "out.voken_states": states,
+        "out.fc": stage.mapper.fc(states),
+        "out.mapping": stage.mapper(states).tokens,
+    }
+    values["out.text_loss"] = text_loss(stage.llm.logits(hidden), labels)
+    values |= compute_image_loss(stage, values["out.mapping"], rows)
+    if all(sample["caption"] is not None for sample in stage.samples):
+        values["out.caption_loss"] = caption_loss(values["out.mapping"], encode_captions(stage)[rows])
+    losses = [values.get(f"out.{part}_loss") for part in ("text", "image", "caption")]
+    return values | {"out.loss": LossWeights().total(*losses)}
+
+
+def run_llm(stage: Stage) -> tuple[Tensor, Tensor]:
+    """Last-layer states (B, S, L) of the batch with its pictures in place, and the labels (B, S) to match."""
+    prompts = stage.prompts([source + target for source, target in stage.ids])
+    embedded = [embed_prompt(stage.llm, prompt) for prompt in prompts]
+    labels = []
+    for pair, row in zip(stage.ids, embedded, strict=True):
+        own = published_labels(*pair, stage.tokenizer.voken_ids)
+        supervised = len(pair[1])  # pictures stand in the source only, so the target's labels end the row
+        labels.append(torch.tensor([IGNORED] * (len(row) - supervised) + own[len(own) - supervised :]))
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in embedded], batch_first=True)
+    inputs = pad_sequence(embedded, batch_first=True)
+    hidden = stage.llm.decoder(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden, pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+
+
+def compute_image_loss(stage: Stage, mapping: Tensor, rows: Tensor) -> dict[str, Tensor]:
+    """The latents of the target pictures, and min-SNR's loss of their predicted noise."""
+    vae = AutoencoderKL.from_pretrained(stage.diffusion, subfolder="vae").float().requires_grad_(False)
+    unet = (
+        UNet2DConditionModel.from_pretrained(stage.diffusion, subfolder="unet").float().requires_grad_(False)
+    )
+    scheduler = PNDMScheduler.from_pretrained(stage.diffusion, subfolder="scheduler")
+    pictures = stage.expected["in.output_image"][rows]
+    latents = vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor
+    noise, timesteps = stage.expected["in.noise"], stage.expected["in.timesteps"]
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    prediction = unet(noisy, timesteps, mapping).sample
+    loss = diffusion_loss(prediction, noise, compute_snr(scheduler.alphas_cumprod, timesteps))
+    return {"out.latents_scaled": latents, "out.image_loss": loss}
+
+
+def encode_captions(stage: Stage) -> Tensor:
+    """What the diffusion model's own text encoder makes of the captions, (B, T, C)."""
+    tokenizer = CLIPTokenizer.from_pretrained(stage.diffusion, subfolder="tokenizer")
+    encoder = CLIPTextModel.from_pretrained(stage.diffusion, subfolder="text_encoder").float()
+    captions = [sample["caption"] for sample in stage.samples]
+    length = tokenizer.model_max_length
+    inputs = tokenizer(
+        captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        return encoder(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).last_hidden_state
+
+
+def compute_gradients(stage: Stage) -> dict[str, Tensor]:
+    """Gradients of the loss under the published names; of the embedding and the head only the added rows."""
+    names = [name.removeprefix("grad.") for name in stage.expected if name.startswith("grad.")]
+    modules = {"mapper": stage.mapper, "llm": stage.llm.causal_lm}
+    parameters = {}
+    for name in names:
+        side, ours = our_name(name)
+        parameters[name] = modules[side].get_parameter(ours).requires_grad_(True)
+    loss = compute_training(stage)["out.loss"]
+    gradients = dict(zip(names, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    return {
+        f"grad.{name}": gradient[-len(stage.expected[f"grad.{name}"]) :]
+        for name, gradient in gradients.items()
+    }
+
+
+def compute_generation(stage: Stage, kind: str) -> dict[str, Tensor]:
+    """Greedy decoding of sample 0 and what the diffusion pipeline is given for its first picture."""
+    lead, end = int(stage.expected[f"gen.{kind}.tokens"][0]), stage.sizes["eos_id"]
+    sampling = Sampling(
+        temperature=0,
+        repetition_penalty=2.0,
+        max_new_tokens=NEW_TOKENS,
+        pictures="first" if kind == "forced" else "when_asked",
+        max_pictures=NEW_TOKENS,
+        stop_ids=(end,),
+        penalised_prefix=(lead,),
+    )
+    [reply] = generate(stage.llm, stage.prompts([stage.ids[0][0]]), sampling, [0])
+    ended = [end] if reply.stopped == "end" else []
+    values = {"tokens": torch.tensor([lead, *reply.ids, *ended])}
+    if len(reply.voken_states):
+        with torch.no_grad():
+            values["voken_states"] = reply.voken_states[:1]
+            values["prompt_embeds"] = stage.mapper(reply.voken_states[:1]).tokens
+            values["negative_prompt_embeds"] = stage.mapper.negative().tokens
+    return {f"gen.{kind}.{name}": value for name, value in values.items()}
+
+
+def compute(stage: Stage) -> Iterator[dict[str, Tensor]]:
+    """Everything the fixture fixes, part by part."""
+    yield compute_batch(stage)
+    with torch.no_grad():
+        yield compute_training(stage)
+    yield compute_gradients(stage)
+    for kind in ("forced", "free"):
+        yield compute_generation(stage, kind)
+
+
+def compare(name: str, expected: Tensor, found: Tensor | None) -> tuple[float, float]:
+    """Maximum absolute error and tolerance; infinite for a tensor that is missing or of another shape."""
+    tolerance = tolerance_of(name, expected)
+    if found is None or found.shape != expected.shape:
+        return float("inf"), tolerance
+    error = (found.detach().double() - expected.double()).abs().max().item()
+    return (error if error == error else float("inf")), tolerance
+
+
+def tolerance_of(name: str, expected: Tensor) -> float:
+    """0 for ids, 1e-4 for values; a small gradient must also be right to a thousandth of its largest entry."""
+    if not expected.is_floating_point():
+        return 0.0
+    if name.startswith("grad."):
+        return min(TOLERANCE, max(1e-7, 1e-3 * expected.abs().max().item()))
+    return TOLERANCE
+
+
+def check_stage(stage: Stage) -> bool:
+    """Prints one line per expected result; true if all are within tolerance."""
+    found: dict[str, Tensor] = {}
+    for part in compute(stage):
+        found |= part
+    all_right = True
+    for name in sorted(name for name in stage.expected if name.startswith(("out.", "grad.", "gen.", *BATCH))):
+        error, tolerance = compare(name, stage.expected[name], found.get(name))
+        right = error <= tolerance
+        all_right &= right
+        print(
+            f"{stage.folder.name}  {name}  error {error:.2e}  tolerance {tolerance:.0e}  {'ok' if right else 'OUT'}"
+        )
+    return all_right
+
+
+BATCH = ("in.input_ids", "in.attention_mask", "in.labels")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="llama/, sd/ and the stages' folders")
+    folder = parser.parse_args().folder
+    transformers.logging.disable_progress_bar()
+    stages = sorted(path.parent for path in folder.glob("stage*/expected.safetensors"))
+    if not stages:
+        print(
+            f"{folder} holds no stage*/expected.safetensors. Give the folder of the fixtures.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        results = [check_stage(load_stage(stage)) for stage in stages]
+    except (BadInputError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
