@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -81,7 +82,7 @@ class StoryCache:
                 break
             shared += 1
         if shared < len(self.keys):
-            self.values.crop(shared)
+            self.values.crop(shared - len(self.keys))  # negative: how many to take off the end
             self.keys = self.keys[:shared]
         return shared
 
@@ -91,7 +92,7 @@ class _Row:
 
     def __init__(self, llm: FrozenLLM, sampling: Sampling, seed: int) -> None:
         self.llm, self.sampling = llm, sampling
-        self.generator = torch.Generator(llm.device).manual_seed(seed)
+        self.generator = seeded_generator(seed, llm.device)
         self.ids: list[int] = []
         self.states: list[Tensor] = []
         self.stopped = ""
@@ -156,6 +157,12 @@ class _Row:
             torch.stack(self.states) if self.states else torch.zeros(0, count, width, device=self.llm.device)
         )
         return Reply(self.ids, text.strip(), states, self.stopped)
+
+
+def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator in which all 64 bits of the seed count; torch's own on the CPU ignores the upper 32."""
+    mixed = int(np.random.SeedSequence(seed % 2**64).generate_state(1, np.uint32)[0])
+    return torch.Generator(device).manual_seed(mixed)
 
 
 @torch.no_grad()

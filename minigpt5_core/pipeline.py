@@ -18,7 +18,7 @@ from PIL import Image
 
 from .conditioning import Conditioning
 from .errors import BadInputError, CancelledError
-from .generate import Reply, Sampling, StoryCache, generate
+from .generate import Reply, Sampling, StoryCache, generate, seeded_generator
 from .llm import FrozenLLM, load_adapter, load_llm
 from .llm_files import default_llm
 from .mapper import Mapper
@@ -103,7 +103,7 @@ class StoryTeller:
         cache = StoryCache()
         for index in range(len(turns), len(turns) + scenes):
             turns.append(Turn(NEXT if index else story.prompt))
-            seed = (story.seed + index) % 2**63
+            seed = (story.seed + index) % 2**64
             reply, dropped = self._write(turns, sampling, seed, cache)
             turns[-1] = replace(turns[-1], text=reply.text)
             picture = self._draw(reply, seed, steps, guidance)
@@ -140,7 +140,7 @@ class StoryTeller:
             **prompt_arguments(positive, negative),
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            generator=seeded_generator(seed),
             callback_on_step_end=tick,
         ).images[0]
 

@@ -38,12 +38,9 @@ class ScoreRecipe:
 def score_storybook(recipe: ScoreRecipe, out: Path) -> bool:
     """Writes `scores.json` and a contact sheet for each row into `out`; whether the vokens pass the bar."""
     out.mkdir(parents=True, exist_ok=True)
-    own = {
-        name: Path(value)
-        for name in ("llm", "adapter", "mapper", "diffusion")
-        if (value := getattr(recipe, name))
-    }
-    teller = load(Parts(**own))
+    teller = load(
+        Parts(_path(recipe.llm), _path(recipe.adapter), _path(recipe.mapper), _path(recipe.diffusion))
+    )
     scorer = load_scorer(Path(recipe.scorer))
     told = list(islice(stories(recipe.seed, "test"), recipe.stories))
     rows = {"vokens": draw_vokens(teller, told, recipe)}
@@ -57,6 +54,10 @@ def score_storybook(recipe: ScoreRecipe, out: Path) -> bool:
         print(name, "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()))
     (out / "scores.json").write_text(json.dumps({"scenes": len(scenes), **scores}, indent=1) + "\n")
     return all(scores["vokens"][name] >= least for name, least in BAR.items())
+
+
+def _path(value: str) -> Path | None:
+    return Path(value) if value else None
 
 
 @torch.no_grad()

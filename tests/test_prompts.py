@@ -1,0 +1,36 @@
+import pytest
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.prompts import Turn, chat_text, fit_chat, published_text
+
+
+def test_a_chat_story_ends_every_reply_with_its_block(tiny_llm):
+    text = chat_text(tiny_llm, [Turn("Mia.", "Mia wakes up."), Turn("And?")])
+    assert "Mia wakes up.[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7]<|im_end|>" in text
+    assert text.endswith("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_block_in_a_prompt_is_eight_tokens(tiny_llm):
+    ids = tiny_llm.encode(chat_text(tiny_llm, [Turn("Mia.", "Mia wakes up.")]))
+    first = ids.index(tiny_llm.voken_ids[0])
+    assert ids[first : first + 8] == tiny_llm.voken_ids
+
+
+def test_a_long_story_keeps_its_beginning_and_its_latest_scenes(tiny_llm):
+    turns = [Turn(f"request {index}", "x" * 60) for index in range(8)] + [Turn("now")]
+    fitted = fit_chat(tiny_llm, turns, room=40)
+    text = tiny_llm.tokenizer.decode(fitted.prompt.ids)
+    assert fitted.dropped == tuple(range(1, 1 + len(fitted.dropped))) and fitted.dropped
+    assert len(fitted.prompt.ids) <= 512 - 40
+    assert "request 0" in text and "request 7" in text and "request 1" not in text
+
+
+def test_an_opening_longer_than_the_context_is_refused(tiny_llm):
+    with pytest.raises(BadInputError, match="Shorten the prompt"):
+        fit_chat(tiny_llm, [Turn("x" * 600)], room=40)
+
+
+def test_the_published_grammar_puts_pictures_behind_their_texts():
+    text = published_text([Turn("", "A dog."), Turn("", "It ran."), Turn("What should happen then?")])
+    assert text.endswith(
+        "story.###Human:A dog.<Img><ImageHere></Img>It ran.<Img><ImageHere></Img>\n What should happen then? ###Assistant:"
+    )
