@@ -34,6 +34,7 @@ class Sampling:
     `pictures`: "after_text" writes text, then always one picture; "when_asked" leaves it to the model; "first" puts
     the picture before any text, as published; "none" forbids it. `temperature` 0 takes the likeliest token.
     `penalised_prefix` are ids the repetition penalty counts besides the generated ones.
+    `stray_vokens` forbids no id at all, as published: a later voken may come alone and counts as a word.
     """
 
     temperature: float = 1.0
@@ -46,6 +47,7 @@ class Sampling:
     stop_strings: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     penalised_prefix: tuple[int, ...] = ()
+    stray_vokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,17 @@ class _Row:
         history = torch.tensor(
             [[*self.sampling.penalised_prefix, *self.ids]], dtype=torch.long, device=logits.device
         )
-        scores = self.warpers(history, logits[None].float())
-        scores = SuppressTokensLogitsProcessor(self._forbidden(), device=logits.device)(history, scores)
+        forbid = SuppressTokensLogitsProcessor(self._forbidden(), device=logits.device)
+        # first, so that top-p and top-k never leave only tokens that may not come
+        scores = self.warpers(history, forbid(history, logits[None].float()))
         if self.sampling.temperature == 0:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self.generator))
 
     def _forbidden(self) -> list[int]:
         """What may not come now: never a later voken by itself, and [IMG0] only where a picture may stand."""
+        if self.sampling.stray_vokens:
+            return []
         if self.sampling.pictures == "after_text" and not self.ids:
             return [*self.llm.voken_ids, *self.stop_ids]
         full = len(self.states) >= self.sampling.max_pictures

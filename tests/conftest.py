@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from minigpt5_core.llm import FrozenLLM, add_vokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from minigpt5_core.llm import FrozenLLM, add_vokens
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -201,6 +201,7 @@ def compute_generation(stage: Stage, kind: str) -> dict[str, Tensor]:
         max_pictures=NEW_TOKENS,
         stop_ids=(end,),
         penalised_prefix=(lead,),
+        stray_vokens=True,
     )
     [reply] = generate(stage.llm, stage.prompts([stage.ids[0][0]]), sampling, [0])
     ended = [end] if reply.stopped == "end" else []

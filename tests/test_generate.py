@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate
 from minigpt5_core.llm import FrozenLLM

@@ -1,4 +1,5 @@
 import pytest
+
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.prompts import Turn, chat_text, fit_chat, published_text
 
@@ -32,5 +33,6 @@ def test_an_opening_longer_than_the_context_is_refused(tiny_llm):
 def test_the_published_grammar_puts_pictures_behind_their_texts():
     text = published_text([Turn("", "A dog."), Turn("", "It ran."), Turn("What should happen then?")])
     assert text.endswith(
-        "story.###Human:A dog.<Img><ImageHere></Img>It ran.<Img><ImageHere></Img>\n What should happen then? ###Assistant:"
+        "story.###Human:A dog.<Img><ImageHere></Img>It ran.<Img><ImageHere></Img>\n"
+        " What should happen then? ###Assistant:"
     )

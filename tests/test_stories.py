@@ -1,0 +1,53 @@
+import random
+from itertools import islice
+
+import pytest
+
+from trainer.storybook.render import render
+from trainer.storybook.stories import stories
+from trainer.storybook.world import HEROES, PLACES, PROPS, State, held_out
+
+
+def test_stories_are_the_same_for_the_same_seed():
+    assert list(islice(stories(5), 20)) == list(islice(stories(5), 20))
+    assert list(islice(stories(5), 3)) != list(islice(stories(6), 3))
+
+
+def test_one_combination_in_ten_is_held_out_and_never_trained_on():
+    every = [State(hero, place, "day", prop) for hero in HEROES for place in PLACES for prop in PROPS]
+    share = sum(map(held_out, every)) / len(every)
+    assert 0.07 < share < 0.13
+    assert not any(held_out(scene.state) for story in islice(stories(1), 200) for scene in story)
+    assert all(any(held_out(scene.state) for scene in story) for story in islice(stories(1, "test"), 20))
+
+
+def test_later_sentences_do_not_name_the_kind_and_carry_what_was_found():
+    for story in islice(stories(2), 200):
+        first, *later = story
+        assert 4 <= len(story) <= 6 and first.state.hero in first.text
+        assert all(first.state.hero not in scene.text.lower().split() for scene in later)
+        assert len({scene.state.hero for scene in story}) == 1
+        for before, after in zip(story, later, strict=False):
+            changed = [
+                name
+                for name in ("place", "time", "prop", "companion")
+                if getattr(before.state, name) != getattr(after.state, name)
+            ]
+            assert len(changed) <= 1
+            assert after.names_prop == ("prop" in changed)
+
+
+def test_the_caption_names_everything_in_the_picture():
+    state = State("fox", "beach", "night", "balloon", "bee")
+    assert state.caption() == "a fox with a red balloon on the beach at night and a bee"
+
+
+@pytest.mark.parametrize(
+    ("changes"), [{"hero": "bear"}, {"place": "city"}, {"time": "night"}, {"prop": None}]
+)
+def test_a_change_of_state_changes_the_picture(changes):
+    state = State("fox", "beach", "day", "balloon")
+    assert (
+        render(state, random.Random(1)).tobytes() != render(state.but(**changes), random.Random(1)).tobytes()
+    )
+    assert render(state, random.Random(1)).tobytes() == render(state, random.Random(1)).tobytes()
