@@ -1,5 +1,7 @@
 """Real classes at toy size: a two-layer LLaMA with a byte-level tokenizer and a chat template."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,7 +15,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_llm(seed: int = 0, context: int = 512) -> FrozenLLM:
+def make_tiny_parts(seed: int = 0, context: int = 512) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
     """A LLaMA 32 wide with random weights large enough that its choices differ from token to token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
@@ -43,9 +45,37 @@ def make_tiny_llm(seed: int = 0, context: int = 512) -> FrozenLLM:
         pad_token_id=fast.pad_token_id,
     )
     torch.manual_seed(seed)
-    return add_vokens(fast, LlamaForCausalLM(config), 8)
+    return fast, LlamaForCausalLM(config)
 
 
 @pytest.fixture
 def tiny_llm() -> FrozenLLM:
-    return make_tiny_llm()
+    return add_vokens(*make_tiny_parts(), 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("llm") / "tiny"
+    for part in make_tiny_parts():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-to-image model of the storybook's classes, made by its trainer in two steps."""
+    from trainer.storybook.autoencoder import AutoencoderRecipe
+    from trainer.storybook.diffusion import (
+        DiffusionRecipe,
+        StorybookDiffusionRecipe,
+        train_storybook_diffusion,
+    )
+
+    folder = tmp_path_factory.mktemp("diffusion") / "tiny"
+    recipe = StorybookDiffusionRecipe(
+        AutoencoderRecipe(steps=2, batch=2),
+        DiffusionRecipe(scenes=8, steps=2, batch=2, block_out_channels=(32, 32), text_layers=1),
+    )
+    train_storybook_diffusion(recipe, folder)
+    return folder

@@ -17,6 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import voken_loss
+from minigpt5_core.mapper import Mapper
 
 from .captions import CaptionCache, block_states, caption_ids
 from .stage import (
@@ -76,8 +77,8 @@ def picture_latents(pipeline: object, states: Sequence[State], draw: random.Rand
         )
 
 
-def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
-    """Runs stage 1 and leaves `mapper.safetensors` and `adapter/` in `out`."""
+def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> tuple[FrozenLLM, Mapper]:
+    """Runs stage 1 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = Run(recipe, out, "align", accelerator)
@@ -126,6 +127,7 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> None:
         run.preview(step, pipeline, conditioning, mapper.negative().tokens)
 
     train(run, start, one_step, lambda step: run.save_result(mapper, adapted, folder, step, data="storybook"))
+    return llm, mapper
 
 
 def caption_voken_states(llm: FrozenLLM, caption: str) -> Tensor:

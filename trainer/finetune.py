@@ -20,6 +20,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import IGNORED, voken_loss
+from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn, chat_text
 from minigpt5_core.vokens import block_starts, gather_voken_states
 from minigpt5_core.weights import load_mapper
@@ -122,8 +123,8 @@ def starting_llm(recipe: FinetuneRecipe, start: Path | None) -> tuple[FrozenLLM,
 
 def train_finetune(
     recipe: FinetuneRecipe, out: Path, start_from: Path | None = None, resume: bool = False
-) -> None:
-    """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`."""
+) -> tuple[FrozenLLM, Mapper]:
+    """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     if start_from and not (start_from / "mapper.safetensors").is_file():
         raise BadInputError(
             f"--from {start_from} holds no mapper.safetensors. Give the --out folder of an align run."
@@ -186,3 +187,4 @@ def train_finetune(
         adapted.train()
 
     train(run, start, one_step, lambda step: run.save_result(mapper, adapted, folder, step, data="storybook"))
+    return llm, mapper

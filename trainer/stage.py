@@ -4,7 +4,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -233,21 +235,29 @@ def step_generator(seed: int, step: int) -> tuple[random.Random, torch.Generator
     return random.Random(f"{seed}/{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """While this lasts, Ctrl-C only makes the list true, so that a step is never cut in half."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(
     run: Run, start: int, one_step: Callable[[int], dict[str, float]], save: Callable[[int], None]
 ) -> None:
-    """The loop of both stages: step, report, save every so often; Ctrl-C saves and is passed on."""
+    """The loop of both stages: step, report, save every so often. Ctrl-C ends the step, saves and is passed on."""
     recipe = run.recipe
     progress = Progress(recipe.steps, start=start)
-    step = start
-    try:
+    with interrupts() as interrupted:
         for step in range(start + 1, recipe.steps + 1):
             progress.update(step, recipe.batch, **one_step(step))
-            if step % recipe.save_every == 0:
+            if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
                 run.save_state(step)
-    except KeyboardInterrupt:
-        run.save_state(step - 1)
-        print(f"interrupted: state of step {step - 1} saved in {run.out}; go on with --resume")
-        raise
-    run.save_state(step)
-    save(step)
+            if interrupted:
+                print(f"interrupted: the state after step {step} is in {run.out}; go on with --resume")
+                raise KeyboardInterrupt
+    save(recipe.steps)

@@ -1,0 +1,166 @@
+"""Both stages end to end on a tiny LLM and a tiny diffusion model: what moves, what does not, and resuming."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import load_adapter, load_llm
+from minigpt5_core.pipeline import Parts, load
+from minigpt5_core.story import Story
+from minigpt5_core.weights import load_mapper
+from trainer import align, finetune
+from trainer.align import AlignRecipe, train_align
+from trainer.finetune import FinetuneRecipe, train_finetune
+from trainer.stage import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
+    return AlignRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=8, steps=4, batch=4,
+        image_from=0.0, preview_every=4, save_every=2, dropout=0.3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def finetune_recipe(tiny_llm_folder, tiny_diffusion_folder):
+    return FinetuneRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), stories=4, steps=4, batch=1,
+        image_from=0.0, preview_every=4, save_every=2,
+    )  # fmt: skip
+
+
+def watch(monkeypatch, module, name):
+    """Keeps a copy of what module.name returns."""
+    kept, plain = [], getattr(module, name)
+
+    def watched(*arguments, **keywords):
+        made = plain(*arguments, **keywords)
+        kept.append(copy.deepcopy(made.state_dict()))
+        return made
+
+    monkeypatch.setattr(module, name, watched)
+    return kept
+
+
+def base_weights(model):
+    """The LLM's own weights, by their names before PEFT; tied heads once."""
+    return {
+        name.replace(".token_adapter", "").replace(".base_layer", ""): tensor
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name and "trainable_tokens" not in name and "lm_head" not in name
+    }
+
+
+def test_align_moves_every_trained_parameter_and_no_frozen_one(
+    align_recipe, tmp_path, monkeypatch, tiny_llm_folder
+):
+    mappers = watch(monkeypatch, align, "new_mapper")
+    adapters = watch(monkeypatch, align, "with_voken_rows")
+    llm, mapper = train_align(align_recipe, tmp_path / "run")
+    for name, tensor in mapper.named_parameters():
+        assert not torch.equal(tensor, mappers[0][name]), name
+    fresh = base_weights(load_llm(tiny_llm_folder).causal_lm)
+    trained = base_weights(llm.causal_lm)
+    assert fresh.keys() == trained.keys()
+    assert all(torch.equal(fresh[name], trained[name]) for name in fresh)
+    rows = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    before = next(tensor for name, tensor in adapters[0].items() if "trainable_tokens_delta" in name)
+    after, tied = rows.values()
+    assert torch.equal(after, tied)  # this LLM's input and output rows are one
+    assert (before != after).any(1).all()
+
+
+def test_finetune_moves_every_trained_parameter_and_no_frozen_one(
+    finetune_recipe, align_recipe, tmp_path, monkeypatch, tiny_llm_folder
+):
+    train_align(align_recipe, tmp_path / "align")
+    adapters = watch(monkeypatch, finetune, "with_lora")
+    llm, mapper = train_finetune(finetune_recipe, tmp_path / "run", tmp_path / "align")
+    started, _ = load_mapper(tmp_path / "align" / "mapper.safetensors")
+    for name, tensor in mapper.named_parameters():
+        assert not torch.equal(tensor, started.state_dict()[name]), name
+    trained = {name: p for name, p in llm.causal_lm.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 2 + 1
+    for name, tensor in trained.items():
+        assert not torch.equal(tensor, adapters[0][f"base_model.model.{name}"]), name
+    fresh, after = base_weights(load_llm(tiny_llm_folder).causal_lm), base_weights(llm.causal_lm)
+    rows = len(fresh["model.embed_tokens.weight"]) - 8  # the eight added rows came from align
+    for name in fresh:
+        assert (
+            torch.equal(fresh[name][:rows], after[name][:rows])
+            if "embed" in name
+            else torch.equal(fresh[name], after[name])
+        )
+
+
+def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tmp_path, tiny_llm_folder):
+    llm, _ = train_finetune(finetune_recipe, tmp_path / "run")
+    llm.causal_lm.eval()
+    again = load_adapter(load_llm(tiny_llm_folder), tmp_path / "run" / "adapter")
+    ids = torch.tensor([[1, 2, 3, *llm.voken_ids]])
+    with torch.no_grad():
+        states = [one.decoder(inputs_embeds=one.embed(ids)).last_hidden_state for one in (llm, again)]
+        logits = [one.logits(hidden) for one, hidden in zip((llm, again), states, strict=True)]
+    assert torch.allclose(states[0], states[1], atol=1e-5)
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_recipe, tmp_path, monkeypatch):
+    def run(out, **options):
+        if stage == "align":
+            return train_align(align_recipe, out, **options)
+        return train_finetune(finetune_recipe, out, **options)
+
+    run(tmp_path / "whole")
+    plain = Run.save_state
+
+    def save_and_stop(self, step):
+        plain(self, step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "save_state", save_and_stop)
+        run(tmp_path / "parts")
+    assert json.loads((tmp_path / "parts" / "state" / "step.json").read_text()) == {"step": 2}
+    run(tmp_path / "parts", resume=True)
+    for file in ("mapper.safetensors", "adapter/adapter_model.safetensors"):
+        whole, parts = (load_file(tmp_path / out / file) for out in ("whole", "parts"))
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_what_was_trained_tells_a_story(
+    align_recipe, finetune_recipe, tmp_path, tiny_llm_folder, tiny_diffusion_folder
+):
+    train_align(align_recipe, tmp_path / "align")
+    train_finetune(finetune_recipe, tmp_path / "run", tmp_path / "align")
+    parts = Parts(
+        tiny_llm_folder,
+        tmp_path / "run" / "adapter",
+        tmp_path / "run" / "mapper.safetensors",
+        tiny_diffusion_folder,
+    )
+    scenes = list(load(parts).tell(Story("Mia the fox.", 0), scenes=2, steps=2))
+    assert [scene.picture.size for scene in scenes] == [(128, 128)] * 2
+    again = list(load(parts).tell(Story("Mia the fox.", 0), scenes=2, steps=2))
+    assert [(s.text, s.picture.tobytes()) for s in scenes] == [(s.text, s.picture.tobytes()) for s in again]
+
+
+def test_bad_folders_and_names_are_refused(align_recipe, finetune_recipe, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInputError, match="lies at or below a file"):
+        train_align(align_recipe, tmp_path / "file" / "run")
+    with pytest.raises(BadInputError, match="holds no saved state"):
+        train_align(align_recipe, tmp_path / "new", resume=True)
+    with pytest.raises(BadInputError, match="holds no mapper.safetensors"):
+        train_finetune(finetune_recipe, tmp_path / "new", tmp_path)
+    with pytest.raises(BadInputError, match="Unknown space 'sd9'. Known: sd15"):
+        train_align(replace(align_recipe, space="sd9"), tmp_path / "new")
