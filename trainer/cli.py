@@ -6,6 +6,7 @@
     align                stage 1: captions to pictures
     finetune             stage 2: interleaved stories
     storybook-score      illustrate held-out stories and score the pictures
+    storybook-bundle     lay trained parts into the folder the main job loads
 
 Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted (with the work saved).
 """
@@ -89,6 +90,14 @@ def _score(arguments: argparse.Namespace) -> int:
     )
 
 
+def _bundle(arguments: argparse.Namespace) -> int:
+    from .recipe import load_recipe
+    from .storybook.bundle import BundleRecipe, write_bundle
+
+    write_bundle(load_recipe(BundleRecipe, arguments.recipe, arguments.set), arguments.out)
+    return 0
+
+
 COMMANDS = {
     "storybook": (_storybook, "write stories with their pictures, to look at or to train on"),
     "storybook-diffusion": (_diffusion, "train the storybook's text-to-image model from nothing"),
@@ -96,6 +105,7 @@ COMMANDS = {
     "align": (_align, "stage 1: captions to pictures; trains voken rows and mapper"),
     "finetune": (_finetune, "stage 2: interleaved stories; trains LoRA, voken rows and mapper"),
     "storybook-score": (_score, "illustrate held-out stories, their sentences given, and score the pictures"),
+    "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),
 }
 
 
