@@ -1,7 +1,7 @@
 # Everything is kept in .venv. The first run installs, later ones do not.
 #   make story PROMPT="Mia the fox wakes up in a snowy forest." [SCENES=4] [SEED=0] [OUT=story]
 #   make test      every test
-#   make check     format, lint, types and the fast tests
+#   make check     format, lint, types and the fast tests (make lint: all but the tests)
 # PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, such as
 #   PIP_ARGS="--extra-index-url URL"   (URL: the index with torch built for the CPU alone that pytorch.org names)
 
@@ -19,7 +19,7 @@ export PROMPT OUT
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help story test check
+.PHONY: help story test lint check
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -30,10 +30,12 @@ story: .venv/story-installed
 test: .venv/dev-installed
 	$(BIN)/python -m pytest
 
-check: .venv/dev-installed
+lint: .venv/dev-installed
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m mypy -p minigpt5_core -p trainer
+
+check: lint
 	$(BIN)/python -m pytest -m "not slow"
 
 $(BIN)/pip:

@@ -207,7 +207,8 @@ def _advance(
     llm: FrozenLLM, feeder: "_Feeder", rows: list[_Row], feeds: list[list[int]], last: Tensor
 ) -> Tensor:
     """Feeds every row its ids and keeps the states that predict vokens; returns each row's newest state (B, L)."""
-    hidden = feeder.feed([llm.embed(torch.tensor([ids], device=llm.device))[0] for ids in feeds], feeds)
+    pieces = [llm.embed(torch.tensor([ids], dtype=torch.long, device=llm.device))[0] for ids in feeds]
+    hidden = feeder.feed(pieces, feeds)
     newest = last.clone()
     for index, (row, ids) in enumerate(zip(rows, feeds, strict=True)):
         if llm.voken_ids[0] in ids:

@@ -123,3 +123,15 @@ def test_seeds_of_64_bits_draw_different_replies(tiny_llm):
 def test_a_prompt_longer_than_the_context_is_refused(tiny_llm):
     with pytest.raises(BadInputError, match="at most 512"):
         generate(tiny_llm, [Prompt([5] * 600)], TEXT_ONLY, [0])
+
+
+def test_stories_of_a_batch_may_end_at_different_times(tiny_llm):
+    prompts = [prompt(tiny_llm, text) for text in ("Mia the fox.", "A", "Leo the bear finds a red balloon.")]
+    for pictures in ("none", "after_text"):
+        sampling = Sampling(
+            max_new_tokens=30, pictures=pictures, stop_ids=tuple(range(60)), temperature=3.0, top_k=0
+        )
+        together = generate(tiny_llm, prompts, sampling, [1, 2, 3])
+        assert len({len(reply.ids) for reply in together}) > 1
+        for start, seed, reply in zip(prompts, (1, 2, 3), together, strict=True):
+            assert reply.ids == generate(tiny_llm, [start], sampling, [seed])[0].ids

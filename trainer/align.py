@@ -14,6 +14,7 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import voken_loss
@@ -37,6 +38,8 @@ from .storybook.render import render
 from .storybook.stories import training_state
 from .storybook.world import State
 
+MOST_CAPTIONS = 8000  # of about 9,500 different ones that are not held out
+
 
 @dataclass(frozen=True)
 class AlignRecipe(StageRecipe):
@@ -47,6 +50,8 @@ class AlignRecipe(StageRecipe):
 
 def caption_states(count: int, seed: int) -> dict[str, State]:
     """`count` different captions with the states they describe, none held out."""
+    if not 1 <= count <= MOST_CAPTIONS:
+        raise BadInputError(f"captions is {count}; the world has room for 1 to {MOST_CAPTIONS}.")
     draw = random.Random(f"captions/{seed}")
     states: dict[str, State] = {}
     while len(states) < count:
@@ -72,7 +77,7 @@ def picture_latents(pipeline: object, states: Sequence[State], draw: random.Rand
     vae = pipeline.vae  # type: ignore[attr-defined]
     with torch.no_grad():
         return (
-            vae.encode(to_tensor([render(state, draw) for state in states])).latents
+            vae.encode(to_tensor([render(state, draw) for state in states]).to(vae.device)).latents
             * vae.config.scaling_factor
         )
 
@@ -81,11 +86,11 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> tuple[F
     """Runs stage 1 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    run = Run(recipe, out, "align", accelerator)
+    run = Run(recipe, out, "align", accelerator, resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens)
+    llm = load_llm(folder, recipe.vokens, device=accelerator.device)
     adapted = with_voken_rows(llm)
-    pipeline = load_diffusion(Path(recipe.diffusion))
+    pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     states = caption_states(recipe.captions, recipe.seed)
     targets = Targets(pipeline, list(states))
     mapper = new_mapper(recipe, llm, targets)
@@ -110,7 +115,7 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> tuple[F
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
             latents = picture_latents(pipeline, [states[caption] for caption in captions], draw)
         losses = picture_losses(block_states(llm, bucket, rows), captions, latents, generator)
-        wanted = torch.full((recipe.batch,), llm.voken_ids[0])
+        wanted = torch.full((recipe.batch,), llm.voken_ids[0], device=llm.device)
         losses["text"] = voken_loss(llm.logits(bucket.last[rows]), wanted)
         accelerator.backward(picture_losses.weights.total(**losses))
         accelerator.clip_grad_norm_(trained.parameters(), 1.0)

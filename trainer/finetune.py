@@ -114,11 +114,24 @@ def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Te
     return states, voken_loss(llm.logits(hidden[row, position]), label)
 
 
-def starting_llm(recipe: FinetuneRecipe, start: Path | None) -> tuple[FrozenLLM, Path]:
+def starting_llm(recipe: FinetuneRecipe, start: Path | None, device: torch.device) -> tuple[FrozenLLM, Path]:
     """The LLM of the recipe, with the voken rows of an earlier run where one is given."""
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens)
+    llm = load_llm(folder, recipe.vokens, device=device)
     return (load_adapter(llm, start / "adapter") if start else llm), folder
+
+
+def earlier_mapper(recipe: FinetuneRecipe, llm: FrozenLLM, start: Path) -> Mapper:
+    """Align's mapper; BadInputError when it is for another space, LLM width or number of vokens than the recipe."""
+    mapper, header = load_mapper(start / "mapper.safetensors")
+    found = (header.space.name, header.llm_width, mapper.config.vokens)
+    expected = (recipe.space, llm.width, recipe.vokens)
+    if found != expected:
+        raise BadInputError(
+            f"--from {start}: its mapper is for space, LLM width and vokens {found}; the recipe says {expected}. "
+            "Give an align run of the same settings."
+        )
+    return mapper
 
 
 def train_finetune(
@@ -131,15 +144,13 @@ def train_finetune(
         )
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    run = Run(recipe, out, "finetune", accelerator)
-    llm, folder = starting_llm(recipe, start_from)
+    run = Run(recipe, out, "finetune", accelerator, resume)
+    llm, folder = starting_llm(recipe, start_from, accelerator.device)
     adapted = with_lora(llm, recipe)
-    pipeline = load_diffusion(Path(recipe.diffusion))
+    pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     data = list(islice(stories(recipe.seed), recipe.stories))
     targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
-    mapper = (
-        load_mapper(start_from / "mapper.safetensors")[0] if start_from else new_mapper(recipe, llm, targets)
-    )
+    mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
     mapper.train()
     trained = Trained(mapper, trainable(adapted))
     rows = [p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" in name]

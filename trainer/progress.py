@@ -1,6 +1,9 @@
 """What people watch while a model trains: one line with losses, speed and time left; grids of pictures."""
 
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 
@@ -41,3 +44,14 @@ def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
     for index, picture in enumerate(pictures):
         sheet.paste(picture, (index % columns * (width + 2), index // columns * (height + 2)))
     return sheet
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """While this lasts, Ctrl-C only makes the list true, so that a step is never cut in half."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)

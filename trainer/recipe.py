@@ -24,6 +24,10 @@ def load_recipe(kind: type[Recipe], path: Path | None, changes: list[str]) -> Re
         place = values
         for table in tables:
             place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise BadInputError(
+                    f"--set {change!r}: {table} is a value, not a table. Write --set {table}=value."
+                )
         place[name] = _parse(value.strip())
     return _build(kind, values, str(path) if path else "--set")
 
@@ -75,7 +79,7 @@ def _coerce(value: Any, expected: Any, key: str, source: str) -> Any:
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(expected, type) and (
-        not isinstance(value, expected) or (expected is int and value is True)
+        not isinstance(value, expected) or (expected is int and isinstance(value, bool))
     ):
         raise BadInputError(f"{source}: {key} = {value!r} should be of type {name}.")
     return value

@@ -4,9 +4,7 @@ import json
 import os
 import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ from minigpt5_core.losses import (
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
 from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
 
-from .progress import Progress, grid
+from .progress import Progress, grid, interrupts
+from .storybook.diffusion import encode_texts
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,19 @@ class StageRecipe:
     image_weight: float = 1.0
     caption_weight: float = 0.1
     caption_target: str = "standardised"
-    image_from: float = 1.0
+    image_from: float = 0.5
     min_snr_gamma: float = 5.0
     dropout: float = 0.1
     preview_every: int = 200
     save_every: int = 200
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.caption_target not in ("standardised", "raw"):
+            raise BadInputError(f"caption_target is {self.caption_target!r}; it can be standardised or raw.")
+        for name in ("steps", "batch", "vokens", "preview_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
 
 class Targets:
@@ -76,12 +82,7 @@ class Targets:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(B, T, C)."""
-        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-        length = tokenizer.model_max_length
-        ids = tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return encoder(ids.input_ids.to(encoder.device))[0]
+        return encode_texts(self.pipeline, texts)
 
 
 def load_diffusion(folder: Path) -> StableDiffusionPipeline:
@@ -90,7 +91,9 @@ def load_diffusion(folder: Path) -> StableDiffusionPipeline:
         raise BadInputError(
             f"{folder} is no diffusers folder (no model_index.json). Set diffusion to one that is."
         )
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder, torch_dtype=torch.float32, local_files_only=True
+    )
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False)
@@ -143,8 +146,10 @@ class PictureLosses:
         return losses
 
     def _image(self, answer: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(latents.shape, generator=generator)
+        # drawn on the CPU, so that every device sees the same numbers
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         steps = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), generator=generator)
+        steps = steps.to(latents.device)
         predicted = self.unet(self.noise.add_noise(latents, noise, steps), steps, answer).sample
         return diffusion_loss(
             predicted, noise, compute_snr(self.noise.alphas_cumprod, steps), self.recipe.min_snr_gamma
@@ -154,11 +159,15 @@ class PictureLosses:
 class Run:
     """A run's folder: state to resume from, previews, and at the end `mapper.safetensors` and `adapter/`."""
 
-    def __init__(self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator, resume: bool
+    ) -> None:
         self.recipe, self.out, self.stage, self.accelerator = recipe, out, stage, accelerator
         if out.is_file() or any(parent.is_file() for parent in out.parents):
             raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
         out.mkdir(parents=True, exist_ok=True)
+        if not resume:  # or a later --resume would go on from another run
+            shutil.rmtree(out / "state", ignore_errors=True)
         (out / "recipe.json").write_text(json.dumps({"stage": stage, **asdict(recipe)}, indent=1) + "\n")
 
     def resume(self) -> int:
@@ -225,7 +234,7 @@ def code_version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("minigpt5")
+        return version("comfyui-minigpt5")
     except PackageNotFoundError:
         return "unknown"
 
@@ -233,17 +242,6 @@ def code_version() -> str:
 def step_generator(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
     """Random numbers of one step, the same whether the run was resumed or not."""
     return random.Random(f"{seed}/{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """While this lasts, Ctrl-C only makes the list true, so that a step is never cut in half."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def train(

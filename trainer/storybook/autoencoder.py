@@ -16,9 +16,9 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import Tensor
 
-from ..progress import Progress, grid
+from ..progress import Progress, grid, interrupts
 from .render import CELL, render
-from .stories import random_state
+from .stories import random_state, training_state
 
 CROP = 64
 
@@ -72,7 +72,7 @@ def scenes(count: int, draw: random.Random) -> Tensor:
 
 def crops(count: int, draw: random.Random) -> Tensor:
     """Crops of fresh scenes, (count, 3, 64, 64) in [-1, 1]."""
-    return to_tensor([_crop(render(random_state(draw), draw), draw) for _ in range(count)])
+    return to_tensor([_crop(render(training_state(draw), draw), draw) for _ in range(count)])
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -103,21 +103,24 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
         optimizer, recipe.learning_rate, recipe.steps, pct_start=0.03
     )
     progress = Progress(recipe.steps)
-    for step in range(1, recipe.steps + 1):
-        if step == int(recipe.steps * recipe.freeze_encoder_share):
-            freeze_encoder(model, out)
-        pictures = crops(recipe.batch, draw)
-        latents = model.encode(pictures).latents
-        output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
-        loss = reconstruction_loss(output, pictures)
-        (loss + 1e-3 * latents.square().mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.update(step, len(pictures), loss=loss.item())
-        if step % 500 == 0 or step == recipe.steps:
-            save_autoencoder(model, out)
+    with interrupts() as interrupted:
+        for step in range(1, recipe.steps + 1):
+            if step == max(1, int(recipe.steps * recipe.freeze_encoder_share)):
+                freeze_encoder(model, out)
+            pictures = crops(recipe.batch, draw)
+            latents = model.encode(pictures).latents
+            output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
+            loss = reconstruction_loss(output, pictures)
+            (loss + 1e-3 * latents.square().mean()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update(step, len(pictures), loss=loss.item())
+            if step % 500 == 0 or step == recipe.steps or interrupted:
+                save_autoencoder(model, out)
+            if interrupted:
+                raise KeyboardInterrupt
     print(f"autoencoder: {psnr(model):.2f} dB on fresh scenes, in {out}")
 
 

@@ -27,9 +27,14 @@ class BundleRecipe:
 
 def write_bundle(recipe: BundleRecipe, out: Path) -> None:
     """Writes the parts the recipe names below `out`. Raises BadInputError for a file over 16 MB."""
+    for source in (recipe.diffusion, recipe.finetune, recipe.scorer):
+        if source and not Path(source).exists():
+            raise BadInputError(f"There is nothing at {source}. Name what training wrote, or leave it out.")
     (out / "voken_mappers").mkdir(parents=True, exist_ok=True)
     if recipe.diffusion:
-        pipeline = StableDiffusionPipeline.from_pretrained(recipe.diffusion, torch_dtype=torch.float16)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            recipe.diffusion, torch_dtype=torch.float16, local_files_only=True
+        )
         pipeline.save_pretrained(out / "diffusers")
     if recipe.finetune:
         _write_finetuned(Path(recipe.finetune), out)

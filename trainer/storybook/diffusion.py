@@ -6,6 +6,7 @@ model, so its text encoder learns full captions and story sentences alike. Laten
 
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,13 +19,14 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers.training_utils import EMAModel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.losses import compute_snr, diffusion_loss
 
-from ..progress import Progress, grid
+from ..progress import Progress, grid, interrupts
 from .autoencoder import AutoencoderRecipe, to_tensor, train_autoencoder
 from .render import render
 from .stories import stories, training_state
@@ -171,12 +173,14 @@ def encode_scenes(vae: AutoencoderTiny, count: int, seed: int) -> Scenes:
     return Scenes(torch.cat(latents), [item[1] for item in items], [item[2] for item in items])
 
 
-def encode_texts(pipeline: StableDiffusionPipeline, texts: list[str]) -> Tensor:
+def encode_texts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
     """(B, 77, C), as the pipeline itself encodes prompts."""
-    ids = pipeline.tokenizer(
-        texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    length = tokenizer.model_max_length
+    ids = tokenizer(
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return pipeline.text_encoder(ids.input_ids)[0]
+    return encoder(ids.input_ids.to(encoder.device))[0]
 
 
 def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start: Path | None = None) -> None:
@@ -185,7 +189,7 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
     draw = random.Random(recipe.seed)
     vae = AutoencoderTiny.from_pretrained(autoencoder)
     pipeline = (
-        StableDiffusionPipeline.from_pretrained(start, vae=vae)
+        StableDiffusionPipeline.from_pretrained(start, vae=vae, torch_dtype=torch.float32)
         if start
         else build_pipeline(recipe, autoencoder)
     )
@@ -199,36 +203,37 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
     )
     average = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75)
     progress = Progress(recipe.steps)
-    for step in range(1, recipe.steps + 1):
-        if step == int(recipe.steps * recipe.freeze_text_encoder_share):
-            text_encoder.requires_grad_(False)
-            text_encoder.save_pretrained(out / "text_encoder")
-            save_pipeline(pipeline, average, out)
-            (out / "text_encoder_is_final").touch()
-        rows = draw.choices(range(len(data.latents)), k=recipe.batch)
-        conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
-        loss = noise_loss(unet, noise_scheduler, data.latents[rows], conditioning, recipe.min_snr_gamma)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.step(unet.parameters())
-        progress.update(step, recipe.batch, loss=loss.item())
-        if step % 400 == 0 or step == recipe.steps:
-            save_pipeline(pipeline, average, out)
+    with interrupts() as interrupted:
+        for step in range(1, recipe.steps + 1):
+            if step == max(1, int(recipe.steps * recipe.freeze_text_encoder_share)):
+                text_encoder.requires_grad_(False)
+                text_encoder.save_pretrained(out / "text_encoder")
+                save_pipeline(pipeline, average, out)
+                (out / "text_encoder_is_final").touch()
+            rows = draw.choices(range(len(data.latents)), k=recipe.batch)
+            conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
+            loss = noise_loss(unet, noise_scheduler, data.latents[rows], conditioning, recipe.min_snr_gamma)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.step(unet.parameters())
+            progress.update(step, recipe.batch, loss=loss.item())
+            if step % 400 == 0 or step == recipe.steps or interrupted:
+                save_pipeline(pipeline, average, out)
+            if interrupted:
+                raise KeyboardInterrupt
 
 
 def noise_loss(
     unet: UNet2DConditionModel, scheduler: DDPMScheduler, latents: Tensor, conditioning: Tensor, gamma: float
 ) -> Tensor:
-    """Mean squared error of the predicted noise, weighted by min(SNR, gamma) / SNR (arXiv 2303.09556)."""
+    """The method's own diffusion loss at random timesteps."""
     noise = torch.randn_like(latents)
     steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
     predicted = unet(scheduler.add_noise(latents, noise, steps), steps, conditioning).sample
-    snr = compute_snr(scheduler, steps)
-    weights = snr.clamp(max=gamma) / snr
-    return ((predicted - noise).square().mean((1, 2, 3)) * weights).mean()
+    return diffusion_loss(predicted, noise, compute_snr(scheduler.alphas_cumprod, steps), gamma)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ BAR = {"hero_unnamed": 0.60, "place": 0.85, "time": 0.85}
 
 @dataclass(frozen=True)
 class ScoreRecipe:
-    """What is scored: `rows` are "vokens" (the story so far) and "oracle" (the true full caption as a prompt)."""
+    """Which stories, drawn how, by which parts. `oracle` adds a row drawn from the true full captions."""
 
     stories: int = 40
     seed: int = 0

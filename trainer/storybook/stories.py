@@ -9,9 +9,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .world import COMPANIONS, HEROES, NAMES, OBJECT_FORM, PLACES, PROPS, TIMES, State, held_out
+from minigpt5_core.prompts import NEXT
 
-NEXT = "What happens next?"
+from .world import COMPANIONS, HEROES, NAMES, OBJECT_FORM, PLACES, PROPS, TIMES, State, held_out
 
 OPENINGS = (
     "{name} the {kind} wakes up {where}.", "{name} the {kind} is {where}.", "{name} the {kind} lives {where}.",
