@@ -15,7 +15,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.new")
+    draft = draft_of(target)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -25,17 +25,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def draft_of(target: Path) -> Path:
+    """Where the draft of the resolved folder `target` is written: beside it, so that it only needs renaming."""
+    return target.parent / f".{target.name}.{os.getpid()}.new"
+
+
 def _take_place(draft: Path, target: Path) -> None:
     """Rename `draft` to `target`; a folder cannot be renamed over a full one, so the old one steps aside."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
-    had_old = target.exists()
-    if had_old:
-        target.rename(old)
     try:
+        if target.exists():
+            target.rename(old)
         draft.rename(target)
-    except OSError:
-        if had_old:
+    finally:  # an interruption may come between any two lines, so only what is on the disk counts
+        if old.exists() and not target.exists():
             old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

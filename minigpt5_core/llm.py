@@ -1,14 +1,26 @@
 """The frozen LLM behind one small class: any `transformers` causal LM, with V voken rows added."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import BadInputError
 from .vokens import voken_strings
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OTHER_LLM = "Give the LLM it was trained for with --llm, or an adapter for this one with --adapter."
+
+# What transformers, diffusers and PEFT raise for a folder that is broken or foreign. safetensors has its own error,
+# which derives from Exception; ImportError says which package a tokenizer or a model class needs.
+UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+)  # fmt: skip
 
 
 @dataclass
@@ -58,18 +70,23 @@ def load_llm(
 ) -> FrozenLLM:
     """Reads a Hugging Face folder and adds `vokens` rows, each the mean of all others, after its own.
 
-    Raises BadInputError when the folder holds no causal LM that transformers can read.
+    Raises BadInputError when the folder holds no causal LM that transformers can read from safetensors.
     """
     if not (folder / "config.json").is_file():
         raise BadInputError(
             f"{folder} is no Hugging Face model folder (it has no config.json). Give a folder that holds config.json, "
             "safetensors weights and a tokenizer, or make the default one: python -m minigpt5_core get-llm"
         )
-    try:
+    if not any(folder.glob("*.safetensors")):
+        raise BadInputError(
+            f"{folder} holds no .safetensors weights, and pickled ones (.bin) are never read. Save the model again "
+            "with transformers' save_pretrained, which writes safetensors."
+        )
+    with reading(f"The LLM in {folder} cannot be read", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInputError(f"The LLM in {folder} cannot be read: {_first_line(error)}") from error
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     return add_vokens(tokenizer, model.to(device), vokens)
 
 
@@ -92,26 +109,82 @@ def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, voken
 def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     """Lays a PEFT adapter (voken rows, LoRA) over the LLM for use, merged in memory; files are never touched.
 
-    Raises BadInputError when the folder is no PEFT adapter or was trained for an LLM of another shape.
+    Raises BadInputError when the folder is no whole PEFT adapter or was trained for another LLM.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-    if not (folder / "adapter_config.json").is_file():
+    # PEFT asks the hub for a file that is not there, or unpickles another
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise BadInputError(
+                f"{folder} is no PEFT adapter (it has no {name}). Give the adapter/ folder that python -m trainer "
+                "wrote."
+            )
+    with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
+        config = PeftConfig.from_pretrained(str(folder))
+        _check_voken_rows(llm, config, folder)
+        adapted = PeftModel.from_pretrained(llm.causal_lm, str(folder), config=config)
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
+            found = set(opened.keys())
+    # PEFT itself only warns of what the file lacks, and is silent about what it cannot place
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    if strays := sorted(found ^ expected):
+        first = "the file lacks" if strays[0] in expected else "the LLM has no place for"
         raise BadInputError(
-            f"{folder} is no PEFT adapter (it has no adapter_config.json). Give the adapter/ folder that "
-            "python -m trainer wrote."
+            f"The adapter in {folder} does not fit an LLM of width {llm.width}: {len(strays)} tensors differ; "
+            f"{first} {strays[0]}. {OTHER_LLM}"
         )
-    try:
-        adapted = PeftModel.from_pretrained(llm.causal_lm, str(folder))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise BadInputError(
-            f"The adapter in {folder} does not fit an LLM of width {llm.width}: {_first_line(error)} "
-            "Give the LLM it was trained for with --llm."
-        ) from error
     merged = adapted.merge_and_unload().requires_grad_(False).eval()
     return FrozenLLM(llm.tokenizer, merged, llm.voken_ids)
 
 
+def _check_voken_rows(llm: FrozenLLM, config: object, folder: Path) -> None:
+    """BadInputError unless the adapter trains just the rows that are vokens in this LLM."""
+    rows = getattr(config, "token_indices", None) or getattr(config, "trainable_token_indices", None) or []
+    for found in rows.values() if isinstance(rows, dict) else [rows]:  # LoRA may name them layer by layer
+        if list(found) != llm.voken_ids:
+            raise BadInputError(
+                f"The adapter in {folder} trains the rows {_span(found)}, but the vokens of this LLM of width "
+                f"{llm.width} are the rows {_span(llm.voken_ids)}. {OTHER_LLM}"
+            )
+
+
+def _span(rows: list[int]) -> str:
+    return f"{rows[0]} to {rows[-1]} ({len(rows)})" if rows else "of no token"
+
+
+@contextmanager
+def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
+    """Turns what the libraries raise for files they cannot use into BadInputError: `trouble`, why, and `cure`.
+
+    Where a safetensors file in `folder` is not whole, that is the reason given, whatever was raised.
+    """
+    try:
+        yield
+    except BadInputError:
+        raise
+    except UNREADABLE as error:
+        if broken := _cut_short(folder):
+            raise BadInputError(
+                f"{broken} is not a whole safetensors file. It may be cut short: copy it again."
+            ) from error
+        raise BadInputError(f"{trouble}: {_first_line(error)} {cure}".rstrip()) from error
+
+
+def _cut_short(folder: Path) -> Path | None:
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError:
+            return file
+        except OSError:  # missing or locked, which the error at hand says
+            continue
+    return None
+
+
 def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):  # its text is the bare key
+        return f"{error} is missing."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]
+    return " ".join(lines[:2])[:300] or type(error).__name__

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import unicodedata
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import BadInputError
-from .files import whole_folder
+from .files import draft_of, whole_folder
 from .story import FILE_NAME, Scene, Story
 
 STRIP, HTML = "strip.png", "story.html"
@@ -61,7 +62,19 @@ def write_story(folder: Path, story: Story, pictures: list[Image.Image | None]) 
 def check_target(folder: Path) -> None:
     """BadInputError unless `folder` can be written: new, empty, or an earlier story, which may be replaced."""
     cure = "Name a new folder, or that of an earlier story."
+    try:
+        _check_target(folder, cure)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        why = getattr(error, "strerror", None) or error
+        raise BadInputError(f"Cannot write the story to {folder}: {why}. {cure}") from error
+
+
+def _check_target(folder: Path, cure: str) -> None:
     target = folder.resolve()
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(
+            draft_of(target)
+        )  # its name is the longest to be written: too long is said now, not after the story
     for place in (target, *target.parents):
         if place.is_dir():
             break

@@ -16,10 +16,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .conditioning import Conditioning
+from .conditioning import SPACES, Conditioning, Space, check_space
 from .errors import BadInputError, CancelledError
 from .generate import Reply, Sampling, StoryCache, generate, seeded_generator
-from .llm import FrozenLLM, load_adapter, load_llm
+from .llm import FrozenLLM, load_adapter, load_llm, reading
 from .llm_files import default_llm
 from .mapper import Mapper
 from .prompts import NEXT, Turn, fit_chat
@@ -47,10 +47,13 @@ class Parts:
 
 @dataclass(frozen=True)
 class ToldScene:
-    """One scene as it was told; `dropped` are earlier scenes (counted from 1) that no longer fit the LLM's context."""
+    """One scene as it was told; `picture` is None when the reply asked for none.
+
+    `dropped` are earlier scenes (counted from 1) that no longer fit the LLM's context.
+    """
 
     text: str
-    picture: Image.Image
+    picture: Image.Image | None
     dropped: tuple[int, ...] = ()
 
 
@@ -98,15 +101,17 @@ class StoryTeller:
         Raises BadInputError for an opening that does not fit the LLM's context.
         """
         turns = [
-            Turn(NEXT if index else story.prompt, scene.text) for index, scene in enumerate(story.scenes)
+            Turn(NEXT if index else story.prompt, scene.text, picture=scene.picture is not None)
+            for index, scene in enumerate(story.scenes)
         ]
         cache = StoryCache()
         for index in range(len(turns), len(turns) + scenes):
             turns.append(Turn(NEXT if index else story.prompt))
             seed = (story.seed + index) % 2**64
             reply, dropped = self._write(turns, sampling, seed, cache)
-            turns[-1] = replace(turns[-1], text=reply.text)
-            picture = self._draw(reply, seed, steps, guidance)
+            drawn = len(reply.voken_states) > 0
+            turns[-1] = replace(turns[-1], text=reply.text, picture=drawn)
+            picture = self._draw(reply, seed, steps, guidance) if drawn else None
             yield ToldScene(reply.text, picture, tuple(turn + 1 for turn in dropped))
 
     def _write(
@@ -161,6 +166,7 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     parts = parts or Parts()
     tick = on_progress or (lambda stage, done, total: None)
     device = parts.device or "cpu"
+    check_device(device)
     mapper_file = parts.mapper or STORYBOOK / "voken_mappers" / "storybook.safetensors"
     mapper, header = load_mapper(mapper_file)
     tick("loading", 1, 4)
@@ -177,32 +183,78 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     return StoryTeller(llm, mapper.to(device), diffusion, words, on_progress)
 
 
+def check_device(name: str) -> None:
+    """BadInputError unless torch can compute on the device `name`."""
+    cure = "Give --device cpu, or leave --device out."
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInputError(
+            f"--device is {name!r}, which is no device; expected such as cpu or cuda. {cure}"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInputError(f"--device is {name!r}, but torch finds no CUDA on this machine. {cure}")
+    try:
+        torch.zeros(1, device=device).item()
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # an index too high, or a backend not built in
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInputError(f"--device is {name!r}, which torch cannot compute on: {why} {cure}") from error
+
+
 def load_diffusion(folder: Path, device: str = "cpu") -> DiffusionPipeline:
-    """A diffusers folder, in float32; BadInputError when it is none or its files are broken."""
+    """A diffusers folder, in float32; BadInputError when it is none, or not of whole safetensors files."""
     if not (folder / "model_index.json").is_file():
         raise BadInputError(
             f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
             "pipeline was saved to."
         )
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInputError(
-            f"The diffusion model in {folder} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
+    cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
+    with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:
-    """Raises BadInputError when the mapper answers in another width than the UNet listens to."""
-    denoiser = getattr(diffusion, "unet", None)
-    found = denoiser.config.cross_attention_dim if denoiser is not None else None
-    if found is not None and found != header.space.width:
+    """Raises BadInputError, naming both sides, when the mapper answers in another space than the model listens to.
+
+    A model whose configuration does not say what it takes is let through.
+    """
+    expected = space_of(diffusion, header.space)
+    try:
+        check_space(header.space, expected)
+    except BadInputError as error:
         raise BadInputError(
-            f"The mapper {file.name} is for the space {header.space}, but this diffusion model takes conditioning of "
-            f"width {found}. Give a mapper trained for it with --mapper, or another model with --diffusion."
-        )
+            f"{file.name}: {error} Give a mapper with --mapper, a diffusion model with --diffusion."
+        ) from error
+
+
+def space_of(diffusion: DiffusionPipeline, unsaid: Space) -> Space:
+    """The space a diffusion model takes, read off its configuration; what that leaves open is as in `unsaid`."""
+    unet, transformer = getattr(diffusion, "unet", None), getattr(diffusion, "transformer", None)
+    if unet is not None:
+        width, pooled = unet.config.get("cross_attention_dim"), None
+        if unet.config.get("addition_embed_type") == "text_time":  # SDXL
+            encoder = getattr(diffusion, "text_encoder_2", None)
+            pooled = encoder.config.projection_dim if encoder is not None else unsaid.pooled_width
+    elif transformer is not None:
+        width = transformer.config.get("joint_attention_dim")
+        pooled = transformer.config.get("pooled_projection_dim", unsaid.pooled_width)
+    else:
+        return unsaid
+    if not isinstance(width, int):  # unsaid, or of each block its own
+        return unsaid
+    facts = width, pooled
+    for known in (unsaid, *SPACES.values()):
+        if (known.width, known.pooled_width) == facts:
+            return known
+    return Space(type(diffusion).__name__, unsaid.tokens, *facts)
 
 
 def _check_llm(llm: FrozenLLM, folder: Path, header: MapperHeader, file: Path) -> None:

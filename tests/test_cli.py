@@ -31,7 +31,7 @@ class Parts:
 @dataclass
 class ToldScene:
     text: str
-    picture: Image.Image
+    picture: Image.Image | None
     dropped: tuple[int, ...] = ()
 
 
@@ -42,6 +42,7 @@ class Teller:
         self.parts, self.on_progress = parts, on_progress
         self.trouble: BaseException | None = None
         self.settings: dict = {}
+        self.draws = True
         on_progress("loading", 1, 1)
 
     def unknown_words(self, prompt: str) -> list[str]:
@@ -56,7 +57,7 @@ class Teller:
             self.on_progress("writing", 3, 50)
             self.on_progress("drawing", 1, 2)
             self.on_progress("drawing", 2, 2)
-            picture = Image.new("RGB", (8, 8), (number, story.seed % 256, 0))
+            picture = Image.new("RGB", (8, 8), (number, story.seed % 256, 0)) if self.draws else None
             yield ToldScene(f"Scene {number}.", picture, tuple(range(2, number - 2)))
 
 
@@ -68,10 +69,11 @@ class Pipeline(ModuleType):
         self.Parts = Parts
         self.tellers: list[Teller] = []
         self.trouble: BaseException | None = None
+        self.draws = True
 
     def load(self, parts: Parts, on_progress: Callable[[str, int, int], None]) -> Teller:
         self.tellers.append(Teller(parts, on_progress))
-        self.tellers[-1].trouble = self.trouble
+        self.tellers[-1].trouble, self.tellers[-1].draws = self.trouble, self.draws
         return self.tellers[-1]
 
 
@@ -120,6 +122,14 @@ def test_a_story_goes_on_in_its_own_folder(pipeline: Pipeline) -> None:
     assert contents(Path("story"))["scene_02.png"] == before["scene_02.png"]
 
 
+def test_a_story_without_pictures_is_told_and_goes_on(pipeline: Pipeline) -> None:
+    pipeline.draws = False
+    assert main(["Mia", "--scenes", "2"]) == 0
+    assert main(["--continue", "story", "--scenes", "1"]) == 0
+    assert [scene.picture for scene in load_story(Path("story")).scenes] == [None] * 3
+    assert sorted(contents(Path("story"))) == ["story.html", "story.json", "strip.png"]
+
+
 def test_a_story_goes_on_elsewhere_and_the_first_stays() -> None:
     main(["Mia", "--scenes", "1"])
     before = contents(Path("story"))
@@ -164,6 +174,7 @@ def test_scenes_that_no_longer_fit_the_context_are_named(capsys: pytest.CaptureF
         (["Mia", "--seed", "-1"], "seed is -1"),
         (["Mia", "--out", "file"], "file is not a folder"),
         (["Mia", "--out", "file/story"], "file is not a folder"),
+        (["Mia", "--out", "s" * 300], "too long"),
         (["Mia", "--out", "full"], "it holds letter.txt"),
         (["--continue", "none.json"], "Cannot read none.json"),
         (["--continue", "file"], "file: The story is not valid JSON"),

@@ -31,6 +31,11 @@ def test_another_pooled_width_is_an_error_naming_both_sides():
         check_space(SPACES["sd3"], SPACES["flux"])
 
 
+def test_a_pooled_vector_where_none_is_taken_is_an_error():
+    with pytest.raises(BadInputError, match=r"pooled vector of 1280\), but .*wide \(77 x 2048\)"):
+        check_space(SPACES["sdxl"], Space("wide", 77, 2048))
+
+
 def test_reading_the_table_does_not_import_torch():
     code = "import sys; from minigpt5_core import conditioning; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

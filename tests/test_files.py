@@ -44,6 +44,28 @@ def test_what_was_there_comes_back_when_the_draft_cannot_move(tmp_path: Path) ->
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_interruption_after_any_renaming_leaves_one_whole_folder(
+    moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a", "old")
+    rename, calls = Path.rename, []
+
+    def interrupted(path: Path, target: Path) -> None:
+        calls.append(target)
+        if moved == 0 and len(calls) == 1:
+            raise KeyboardInterrupt
+        rename(path, target)
+        if len(calls) == moved:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", "new")
+    assert names(tmp_path / "a") == ["new" if moved == 2 else "old"]
+    assert names(tmp_path) == ["a"]
+
+
 def test_a_link_stays_a_link_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
     write(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)

@@ -71,6 +71,23 @@ def test_a_folder_below_a_file_is_refused(tmp_path: Path) -> None:
             check_target(folder)
 
 
+@pytest.mark.parametrize("name", ["s" * 300, "s" * 254, "s" * 300 + "/story", "/".join(["s" * 200] * 30)])
+def test_a_name_too_long_for_the_disk_is_refused_before_the_story_is_told(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadInputError, match="too long"):
+        check_target(tmp_path / name)
+
+
+def test_a_folder_behind_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "link")
+    with pytest.raises(BadInputError, match="Cannot write the story"):
+        check_target(tmp_path / "link" / "story")
+
+
+def test_the_root_is_no_story() -> None:
+    with pytest.raises(BadInputError, match="is no story"):
+        check_target(Path("/"))
+
+
 @pytest.mark.parametrize("content", [["letter.txt"], ["story.json", "letter.txt"], ["scene_01.png"]])
 def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path: Path, content: list[str]) -> None:
     for name in content:
