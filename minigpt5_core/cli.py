@@ -11,6 +11,7 @@ saved). Torch and its friends are imported once the arguments are known to be go
 import argparse
 import math
 import sys
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -131,9 +132,21 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
     if given.llm is None and not is_llm(default_folder()):
         print(f"Unpacking {NAME}, this once.")
     bars("loading", 0, 1)  # seen while Python imports torch
+    _hush_libraries()
     from .pipeline import Parts, load
 
     return load(Parts(given.llm, given.adapter, given.mapper, given.diffusion, given.device), bars)
+
+
+def _hush_libraries() -> None:
+    """Leaves the terminal to our own messages: the libraries' hints are for those who program with them."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 def _tell_and_save(
