@@ -113,6 +113,16 @@ def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tm
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
+def test_finetune_goes_on_from_finetune(finetune_recipe, tmp_path):
+    train_finetune(finetune_recipe, tmp_path / "first")
+    still = replace(finetune_recipe, steps=1, lora_rate=0.0, row_rate=0.0, mapper_rate=0.0)
+    train_finetune(still, tmp_path / "second", tmp_path / "first")
+    first, second = (
+        load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("first", "second")
+    )
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_recipe, tmp_path, monkeypatch):
     def run(out, **options):

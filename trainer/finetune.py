@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
@@ -81,6 +81,11 @@ def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
     return [Turn(scene.request, scene.text) for scene in scenes]
 
 
+def has_lora(adapter: Path) -> bool:
+    """Whether an adapter is stage 2's, and not only voken rows."""
+    return PeftConfig.from_pretrained(str(adapter)).peft_type == PeftType.LORA
+
+
 def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     """Adds LoRA and trainable voken rows; the LLM itself is changed in place and stays frozen."""
     return get_peft_model(
@@ -118,7 +123,8 @@ def starting_llm(recipe: FinetuneRecipe, start: Path | None, device: torch.devic
     """The LLM of the recipe, with the voken rows of an earlier run where one is given."""
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, recipe.vokens, device=device)
-    return (load_adapter(llm, start / "adapter") if start else llm), folder
+    fresh_rows = start is not None and not has_lora(start / "adapter")
+    return (load_adapter(llm, start / "adapter") if start and fresh_rows else llm), folder
 
 
 def earlier_mapper(recipe: FinetuneRecipe, llm: FrozenLLM, start: Path) -> Mapper:
@@ -146,7 +152,10 @@ def train_finetune(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = Run(recipe, out, "finetune", accelerator, resume)
     llm, folder = starting_llm(recipe, start_from, accelerator.device)
-    adapted = with_lora(llm, recipe)
+    if start_from and has_lora(start_from / "adapter"):  # stage 2 goes on from stage 2's own weights
+        adapted = PeftModel.from_pretrained(llm.causal_lm, str(start_from / "adapter"), is_trainable=True)
+    else:
+        adapted = with_lora(llm, recipe)
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     data = list(islice(stories(recipe.seed), recipe.stories))
     targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))

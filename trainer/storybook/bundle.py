@@ -1,5 +1,6 @@
 """Lays what was trained into the `storybook/` folder that the main job loads, in half precision."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
         _write_finetuned(Path(recipe.finetune), out)
     if recipe.scorer:
         shutil.copyfile(recipe.scorer, out / "scorer.safetensors")
+    _forget_paths(out / "diffusers")
     write_world(out / "world.json")
     for path in sorted(out.rglob("*")):
         if path.is_file() and path.stat().st_size > LARGEST_FILE:
@@ -58,3 +60,11 @@ def _write_finetuned(run: Path, out: Path) -> None:
     save_file(
         {name: weight.half() for name, weight in weights.items()}, adapter / "adapter_model.safetensors"
     )
+
+
+def _forget_paths(folder: Path) -> None:
+    """Takes out where diffusers read each part from: it says whose machine, and nothing else."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
