@@ -113,6 +113,20 @@ def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tm
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
+def test_align_on_stories_goes_on_from_finetune_and_leaves_its_lora(finetune_recipe, align_recipe, tmp_path):
+    train_finetune(finetune_recipe, tmp_path / "first")
+    train_align(replace(align_recipe, captions=1, stories=2), tmp_path / "second", tmp_path / "first")
+    first, second = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("first", "second")
+    )
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]) == ("lora_" in name), name
+    assert any("lora_" in name for name in first)
+    mappers = [load_file(tmp_path / run / "mapper.safetensors") for run in ("first", "second")]
+    assert not torch.equal(mappers[0]["queries"], mappers[1]["queries"])
+
+
 def test_finetune_goes_on_from_finetune(finetune_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "first")
     still = replace(finetune_recipe, steps=1, lora_rate=0.0, row_rate=0.0, mapper_rate=0.0)

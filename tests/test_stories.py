@@ -3,7 +3,7 @@ from itertools import islice
 
 import pytest
 
-from trainer.storybook.render import render
+from trainer.storybook.render import render, render_with_figures
 from trainer.storybook.stories import stories
 from trainer.storybook.world import HEROES, PLACES, PROPS, State, held_out
 
@@ -51,3 +51,17 @@ def test_a_change_of_state_changes_the_picture(changes):
         render(state, random.Random(1)).tobytes() != render(state.but(**changes), random.Random(1)).tobytes()
     )
     assert render(state, random.Random(1)).tobytes() == render(state, random.Random(1)).tobytes()
+
+
+def test_figures_are_marked_where_hero_prop_and_companion_stand():
+    state = State("panda", "city", "day", prop="ball", companion="snail")
+    picture, cells = render_with_figures(state, random.Random(4))
+    assert picture.tobytes() == render(state, random.Random(4)).tobytes()
+    assert cells.shape == (16, 16)
+    assert not cells[:8].any()  # sky and scenery
+    assert not cells[15].any()  # everything stands one cell above the lower edge
+    assert (
+        cells[8:15].sum() > 50
+    )  # 7 x 7 cells of hero, 5 x 5 of prop, 3 x 3 of companion, less empty corners
+    plain, none = render_with_figures(State("panda", "city", "day"), random.Random(4))
+    assert none.sum() < cells.sum()

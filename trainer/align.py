@@ -6,6 +6,7 @@ python -m trainer align --recipe trainer/recipes/storybook_align.toml --out runs
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -20,22 +21,25 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import voken_loss
 from minigpt5_core.mapper import Mapper
 
-from .captions import CaptionCache, block_states, caption_ids
+from .contexts import ContextCache, Passage, block_states, caption_ids, caption_passage, story_passage
 from .stage import (
     PictureLosses,
     Run,
     StageRecipe,
     Targets,
     Trained,
+    adapt,
+    earlier_mapper,
     load_diffusion,
     new_mapper,
+    optimise,
     step_generator,
     train,
 )
 from .storybook.autoencoder import to_tensor
 from .storybook.diffusion import PREVIEW
 from .storybook.render import render
-from .storybook.stories import training_state
+from .storybook.stories import stories, training_state
 from .storybook.world import State
 
 MOST_CAPTIONS = 8000  # of about 9,500 different ones that are not held out
@@ -43,9 +47,13 @@ MOST_CAPTIONS = 8000  # of about 9,500 different ones that are not held out
 
 @dataclass(frozen=True)
 class AlignRecipe(StageRecipe):
-    """Stage 1's own settings: how many different captions, all of them cached in front of the voken block."""
+    """Stage 1's own settings: how many different captions, all of them cached in front of the voken block.
+
+    `stories` adds as many stories, whose every picture stands behind the story's text so far.
+    """
 
     captions: int = 3000
+    stories: int = 0
 
 
 def caption_states(count: int, seed: int) -> dict[str, State]:
@@ -67,6 +75,13 @@ def with_voken_rows(llm: FrozenLLM) -> PeftModel:
     )
 
 
+def passages(llm: FrozenLLM, recipe: AlignRecipe) -> list[Passage]:
+    """Everything stage 1 reads: captions, and stories where the recipe asks for them."""
+    captions = caption_states(recipe.captions, recipe.seed).values()
+    told = islice(stories(recipe.seed), recipe.stories)
+    return [caption_passage(llm, state) for state in captions] + [story_passage(llm, s) for s in told]
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -82,18 +97,24 @@ def picture_latents(pipeline: object, states: Sequence[State], draw: random.Rand
         )
 
 
-def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> tuple[FrozenLLM, Mapper]:
-    """Runs stage 1 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
+def train_align(
+    recipe: AlignRecipe, out: Path, start_from: Path | None = None, resume: bool = False
+) -> tuple[FrozenLLM, Mapper]:
+    """Runs stage 1 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained.
+
+    `start_from` goes on from an earlier run's weights; a LoRA among them stays as it is.
+    """
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = Run(recipe, out, "align", accelerator, resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, recipe.vokens, device=accelerator.device)
-    adapted = with_voken_rows(llm)
+    adapted = adapt(llm, start_from, with_voken_rows).eval()
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("trainable_tokens" in name)
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
-    states = caption_states(recipe.captions, recipe.seed)
-    targets = Targets(pipeline, list(states))
-    mapper = new_mapper(recipe, llm, targets)
+    targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
+    mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
     trained = Trained(mapper, trainable(adapted))
     optimizer = torch.optim.AdamW(
         [
@@ -104,24 +125,21 @@ def train_align(recipe: AlignRecipe, out: Path, resume: bool = False) -> tuple[F
     schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
     trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
     start = run.resume() if resume else 0
-    cache = CaptionCache(llm, list(states))
+    cache = ContextCache(llm, passages(llm, recipe), dtype=torch.float16)
     picture_losses = PictureLosses(recipe, mapper, targets)
 
     def one_step(step: int) -> dict[str, float]:
         draw, generator = step_generator(recipe.seed, step)
-        bucket, rows = cache.draw(recipe.batch, draw)
-        captions = [bucket.captions[row] for row in rows]
+        contexts = cache.draw(recipe.batch, draw)
+        states = [context.state for context in contexts]
         latents = None
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
-            latents = picture_latents(pipeline, [states[caption] for caption in captions], draw)
-        losses = picture_losses(block_states(llm, bucket, rows), captions, latents, generator)
+            latents = picture_latents(pipeline, states, draw)
+        captions = [state.caption() for state in states]
+        losses = picture_losses(block_states(llm, contexts), captions, latents, generator)
         wanted = torch.full((recipe.batch,), llm.voken_ids[0], device=llm.device)
-        losses["text"] = voken_loss(llm.logits(bucket.last[rows]), wanted)
-        accelerator.backward(picture_losses.weights.total(**losses))
-        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        losses["text"] = voken_loss(llm.logits(torch.stack([context.last for context in contexts])), wanted)
+        optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
         if step % recipe.preview_every == 0:
             preview(step)
         return {name: loss.item() for name, loss in losses.items()}

@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--recipe", type=Path, help="a TOML file, see trainer/recipes/")
         if name in ("align", "finetune"):
             command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
-        if name in ("finetune", "storybook-diffusion"):
+        if name in ("align", "finetune", "storybook-diffusion"):
             command.add_argument(
                 "--from", dest="start", type=Path, help="an earlier run's --out folder to go on from"
             )
@@ -43,7 +43,8 @@ def _align(arguments: argparse.Namespace) -> int:
     from .align import AlignRecipe, train_align
     from .recipe import load_recipe
 
-    train_align(load_recipe(AlignRecipe, arguments.recipe, arguments.set), arguments.out, arguments.resume)
+    recipe = load_recipe(AlignRecipe, arguments.recipe, arguments.set)
+    train_align(recipe, arguments.out, arguments.start, arguments.resume)
     return 0
 
 

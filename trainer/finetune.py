@@ -12,18 +12,16 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
+from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn, chat_text
 from minigpt5_core.vokens import block_starts, gather_voken_states
-from minigpt5_core.weights import load_mapper
 
 from .align import caption_states, picture_latents, trainable
 from .stage import (
@@ -32,8 +30,11 @@ from .stage import (
     StageRecipe,
     Targets,
     Trained,
+    adapt,
+    earlier_mapper,
     load_diffusion,
     new_mapper,
+    optimise,
     step_generator,
     train,
 )
@@ -81,11 +82,6 @@ def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
     return [Turn(scene.request, scene.text) for scene in scenes]
 
 
-def has_lora(adapter: Path) -> bool:
-    """Whether an adapter is stage 2's, and not only voken rows."""
-    return PeftConfig.from_pretrained(str(adapter)).peft_type == PeftType.LORA
-
-
 def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     """Adds LoRA and trainable voken rows; the LLM itself is changed in place and stays frozen."""
     return get_peft_model(
@@ -119,48 +115,20 @@ def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Te
     return states, voken_loss(llm.logits(hidden[row, position]), label)
 
 
-def starting_llm(recipe: FinetuneRecipe, start: Path | None, device: torch.device) -> tuple[FrozenLLM, Path]:
-    """The LLM of the recipe, with the voken rows of an earlier run where one is given."""
-    folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens, device=device)
-    fresh_rows = start is not None and not has_lora(start / "adapter")
-    return (load_adapter(llm, start / "adapter") if start and fresh_rows else llm), folder
-
-
-def earlier_mapper(recipe: FinetuneRecipe, llm: FrozenLLM, start: Path) -> Mapper:
-    """Align's mapper; BadInputError when it is for another space, LLM width or number of vokens than the recipe."""
-    mapper, header = load_mapper(start / "mapper.safetensors")
-    found = (header.space.name, header.llm_width, mapper.config.vokens)
-    expected = (recipe.space, llm.width, recipe.vokens)
-    if found != expected:
-        raise BadInputError(
-            f"--from {start}: its mapper is for space, LLM width and vokens {found}; the recipe says {expected}. "
-            "Give an align run of the same settings."
-        )
-    return mapper
-
-
 def train_finetune(
     recipe: FinetuneRecipe, out: Path, start_from: Path | None = None, resume: bool = False
 ) -> tuple[FrozenLLM, Mapper]:
     """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
-    if start_from and not (start_from / "mapper.safetensors").is_file():
-        raise BadInputError(
-            f"--from {start_from} holds no mapper.safetensors. Give the --out folder of an align run."
-        )
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = Run(recipe, out, "finetune", accelerator, resume)
-    llm, folder = starting_llm(recipe, start_from, accelerator.device)
-    if start_from and has_lora(start_from / "adapter"):  # stage 2 goes on from stage 2's own weights
-        adapted = PeftModel.from_pretrained(llm.causal_lm, str(start_from / "adapter"), is_trainable=True)
-    else:
-        adapted = with_lora(llm, recipe)
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    llm = load_llm(folder, recipe.vokens, device=accelerator.device)
+    adapted = adapt(llm, start_from, lambda llm: with_lora(llm, recipe))
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     data = list(islice(stories(recipe.seed), recipe.stories))
     targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
-    mapper.train()
     trained = Trained(mapper, trainable(adapted))
     rows = [p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" in name]
     lora = [p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name]
@@ -188,11 +156,7 @@ def train_finetune(
             latents = picture_latents(pipeline, [scene.state for scene in scenes], draw)
         losses = picture_losses(states, [scene.caption for scene in scenes], latents, generator)
         losses["text"] = text_loss
-        accelerator.backward(picture_losses.weights.total(**losses))
-        accelerator.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
         if step % recipe.preview_every == 0:
             preview(step)
         return {name: loss.item() for name, loss in losses.items()}

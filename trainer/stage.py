@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from minigpt5_core.conditioning import SPACES
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.llm import FrozenLLM, load_adapter
 from minigpt5_core.losses import (
     LossWeights,
     caption_loss,
@@ -27,7 +29,7 @@ from minigpt5_core.losses import (
     target_statistics,
 )
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
-from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
+from minigpt5_core.weights import MapperHeader, hash_weights, load_mapper, save_mapper
 
 from .progress import Progress, grid, interrupts
 from .storybook.diffusion import encode_texts
@@ -112,6 +114,41 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
         mapper.target_mean.copy_(targets.mean)
         mapper.target_std.copy_(targets.deviation)
     return mapper
+
+
+def has_lora(adapter: Path) -> bool:
+    """Whether an adapter is stage 2's, and not only voken rows."""
+    return PeftConfig.from_pretrained(str(adapter)).peft_type == PeftType.LORA
+
+
+def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftModel]) -> PeftModel:
+    """The LLM with what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
+
+    Voken rows of an earlier stage 1 are laid into the LLM first, for the fresh adapter to begin with.
+    """
+    if start is None:
+        return fresh(llm)
+    if not (start / "mapper.safetensors").is_file():
+        raise BadInputError(
+            f"--from {start} holds no mapper.safetensors. Give the --out folder of an align or finetune run."
+        )
+    if has_lora(start / "adapter"):
+        return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
+    llm.causal_lm = load_adapter(llm, start / "adapter").causal_lm
+    return fresh(llm)
+
+
+def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
+    """An earlier run's mapper; BadInputError when it is for another space, LLM width or number of vokens."""
+    mapper, header = load_mapper(start / "mapper.safetensors")
+    found = (header.space.name, header.llm_width, mapper.config.vokens)
+    expected = (recipe.space, llm.width, recipe.vokens)
+    if found != expected:
+        raise BadInputError(
+            f"--from {start}: its mapper is for space, LLM width and vokens {found}; the recipe says {expected}. "
+            "Give a run of the same settings."
+        )
+    return mapper.train()
 
 
 class Trained(nn.Module):
@@ -242,6 +279,17 @@ def code_version() -> str:
 def step_generator(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
     """Random numbers of one step, the same whether the run was resumed or not."""
     return random.Random(f"{seed}/{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def optimise(
+    accelerator: Accelerator, trained: nn.Module, optimizer: Optimizer, schedule: LRScheduler, loss: Tensor
+) -> None:
+    """One step of the optimiser down `loss`, its gradient clipped to length 1."""
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def train(

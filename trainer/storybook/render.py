@@ -4,7 +4,8 @@ import random
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .world import COMPANIONS, HEROES, PLACES, PROPS, State
 
@@ -69,7 +70,21 @@ def _backdrop(state: State, draw: random.Random) -> Image.Image:
 
 def render(state: State, draw: random.Random) -> Image.Image:
     """The scene's picture, 128x128 RGB; `draw` decides where things stand."""
+    return render_with_figures(state, draw)[0]
+
+
+def render_with_figures(state: State, draw: random.Random) -> tuple[Image.Image, np.ndarray]:
+    """The scene's picture, and which of its 16x16 cells show hero, prop or companion (row, column)."""
     picture = _backdrop(state, draw)
+    backdrop = picture.copy()
+    _add_figures(picture, state, draw)
+    changed = np.asarray(ImageChops.difference(picture, backdrop)).any(axis=2)
+    side = SIZE // CELL
+    cells: np.ndarray = np.any(changed.reshape(side, CELL, side, CELL), axis=(1, 3))
+    return picture, cells
+
+
+def _add_figures(picture: Image.Image, state: State, draw: random.Random) -> None:
     hero_on_left = draw.random() < 0.5
     column = draw.choice((0, 1)) if hero_on_left else draw.choice((8, 9))
     _paste(picture, HEROES[state.hero], 56, CELL * column, SIZE - CELL)
@@ -83,4 +98,3 @@ def render(state: State, draw: random.Random) -> Image.Image:
         )
     if state.companion:
         _paste(picture, COMPANIONS[state.companion], 24, CELL * (13 if hero_on_left else 0), SIZE - CELL)
-    return picture
