@@ -1,6 +1,7 @@
 # Everything is kept in .venv. The first run installs, later ones do not.
 #   make story PROMPT="Mia the fox wakes up in a snowy forest." [SCENES=4] [SEED=0] [OUT=story]
 #   make test      every test
+#   make test-comfyui   the nodes in a real ComfyUI (COMFYUI_PATH, default ~/comfy/ComfyUI) and its page in Chromium
 #   make check     format, lint, types and the fast tests (make lint: all but the tests)
 # PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, such as
 #   PIP_ARGS="--extra-index-url URL"   (URL: the index with torch built for the CPU alone that pytorch.org names)
@@ -19,7 +20,7 @@ export PROMPT OUT
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help story test lint check
+.PHONY: help story test test-comfyui lint check
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -28,7 +29,10 @@ story: .venv/story-installed
 	@$(BIN)/python -m minigpt5_core --scenes "$(SCENES)" --seed "$(SEED)" --out "$$OUT" -- "$$PROMPT"
 
 test: .venv/dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not comfyui or comfyui_smoke"
+
+test-comfyui: .venv/dev-installed
+	$(BIN)/python -m pytest tests/comfyui -m comfyui -rs
 
 lint: .venv/dev-installed
 	$(BIN)/python -m ruff format --check
@@ -36,7 +40,7 @@ lint: .venv/dev-installed
 	$(BIN)/python -m mypy -p minigpt5_core -p trainer
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not comfyui"
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv

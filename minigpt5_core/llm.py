@@ -10,13 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapter import OTHER_LLM, merge_adapter, read_adapter
 from .errors import BadInputError
 from .vokens import voken_strings
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OTHER_LLM = "Give the LLM it was trained for with --llm, or an adapter for this one with --adapter."
-
-# What transformers, diffusers and PEFT raise for a folder that is broken or foreign. safetensors has its own error,
+# What transformers and diffusers raise for a folder that is broken or foreign. safetensors has its own error,
 # which derives from Exception; ImportError says which package a tokenizer or a model class needs.
 UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
@@ -111,46 +109,9 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
 
     Raises BadInputError when the folder is no whole PEFT adapter or was trained for another LLM.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    # PEFT asks the hub for a file that is not there, or unpickles another
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise BadInputError(
-                f"{folder} is no PEFT adapter (it has no {name}). Give the adapter/ folder that python -m trainer "
-                "wrote."
-            )
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
-        config = PeftConfig.from_pretrained(str(folder))
-        _check_voken_rows(llm, config, folder)
-        adapted = PeftModel.from_pretrained(llm.causal_lm, str(folder), config=config)
-        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as opened:
-            found = set(opened.keys())
-    # PEFT itself only warns of what the file lacks, and is silent about what it cannot place
-    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if strays := sorted(found ^ expected):
-        first = "the file lacks" if strays[0] in expected else "the LLM has no place for"
-        raise BadInputError(
-            f"The adapter in {folder} does not fit an LLM of width {llm.width}: {len(strays)} tensors differ; "
-            f"{first} {strays[0]}. {OTHER_LLM}"
-        )
-    merged = adapted.merge_and_unload().requires_grad_(False).eval()
-    return FrozenLLM(llm.tokenizer, merged, llm.voken_ids)
-
-
-def _check_voken_rows(llm: FrozenLLM, config: object, folder: Path) -> None:
-    """BadInputError unless the adapter trains just the rows that are vokens in this LLM."""
-    rows = getattr(config, "token_indices", None) or getattr(config, "trainable_token_indices", None) or []
-    for found in rows.values() if isinstance(rows, dict) else [rows]:  # LoRA may name them layer by layer
-        if list(found) != llm.voken_ids:
-            raise BadInputError(
-                f"The adapter in {folder} trains the rows {_span(found)}, but the vokens of this LLM of width "
-                f"{llm.width} are the rows {_span(llm.voken_ids)}. {OTHER_LLM}"
-            )
-
-
-def _span(rows: list[int]) -> str:
-    return f"{rows[0]} to {rows[-1]} ({len(rows)})" if rows else "of no token"
+        merge_adapter(llm.causal_lm, read_adapter(folder, llm.causal_lm, llm.voken_ids))
+    return llm
 
 
 @contextmanager

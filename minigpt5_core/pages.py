@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from .errors import BadInputError
 from .files import draft_of, whole_folder
 from .story import FILE_NAME, Scene, Story
 
-STRIP, HTML = "strip.png", "story.html"
+STRIP, HTML, MARKDOWN = "strip.png", "story.html", "story.md"
 LEFT_BY_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 # The strip, in pixels.
@@ -31,10 +32,13 @@ def picture_name(number: int) -> str:
     return f"scene_{number:02}.png"
 
 
-def write_story(folder: Path, story: Story, pictures: list[Image.Image | None]) -> Story:
+def write_story(
+    folder: Path, story: Story, pictures: list[Image.Image | None], metadata: PngInfo | None = None
+) -> Story:
     """Write the story and one picture (or None) for each scene as `folder`, in one step; returns it as written.
 
-    Equal arguments give equal bytes. BadInputError as for `check_target`, and where the disk refuses.
+    `metadata` goes into the scenes' PNGs. Equal arguments give equal bytes. BadInputError as for `check_target`, and
+    where the disk refuses.
     """
     check_target(folder)
     pages = zip(story.scenes, pictures, strict=True)
@@ -43,12 +47,13 @@ def write_story(folder: Path, story: Story, pictures: list[Image.Image | None]) 
         for number, (scene, picture) in enumerate(pages, 1)
     ]
     story = replace(story, scenes=tuple(scenes))
-    encoded = [None if picture is None else _png(picture) for picture in pictures]
+    encoded = [None if picture is None else _png(picture, metadata) for picture in pictures]
     try:
         with whole_folder(folder) as draft:
             (draft / FILE_NAME).write_bytes(story.to_json().encode())
             (draft / STRIP).write_bytes(_png(draw_strip(story, pictures)))
             (draft / HTML).write_bytes(render_html(story, encoded).encode())
+            (draft / MARKDOWN).write_bytes(render_markdown(story).encode())
             for scene, content in zip(scenes, encoded, strict=True):
                 if scene.picture and content:
                     (draft / scene.picture).write_bytes(content)
@@ -90,7 +95,9 @@ def _not_of_a_story(folder: Path) -> str | None:
     """A name in `folder` that no story has written; story.json itself must be there unless the folder is empty."""
     names = {path.name for path in folder.iterdir()} - LEFT_BY_FILE_MANAGERS
     ours = {
-        name for name in names if name in (FILE_NAME, STRIP, HTML) or re.fullmatch(r"scene_\d+\.png", name)
+        name
+        for name in names
+        if name in (FILE_NAME, STRIP, HTML, MARKDOWN) or re.fullmatch(r"scene_\d+\.png", name)
     }
     return min(names - ours if FILE_NAME in names else names, default=None)
 
@@ -192,10 +199,27 @@ def _font() -> ImageFont.FreeTypeFont:
     return font
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(picture: Image.Image, metadata: PngInfo | None = None) -> bytes:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG")
+    picture.convert("RGB").save(buffer, "PNG", pnginfo=metadata)
     return buffer.getvalue()
+
+
+def render_markdown(story: Story) -> str:
+    """The story as Markdown, its pictures by file name; characters that Markdown would read are escaped."""
+    parts = [f"# {_escape_markdown(story.prompt)}"]
+    for number, scene in enumerate(story.scenes, 1):
+        if scene.picture:
+            parts.append(f"![Picture of scene {number}]({scene.picture})")
+        parts += [_escape_markdown(line) for line in scene.text.splitlines() if line.strip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _escape_markdown(text: str) -> str:
+    inside = re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", " ".join(text.split()))
+    return re.sub(
+        r"^([+-]|\d+(?=[.)]))", lambda mark: f"\\{mark[0]}" if mark[0] in "+-" else f"{mark[0]}\\", inside
+    )
 
 
 def render_html(story: Story, pictures: list[bytes | None]) -> str:

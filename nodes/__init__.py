@@ -1,1 +1,36 @@
-"""The nodes: the only place that knows ComfyUI."""
+"""The nodes: the only place that knows ComfyUI. Nothing heavy is imported before a node runs."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import folders
+from .conditioning import LoadMapper, VokensToConditioning
+from .diffusers_models import LoadDiffusers
+from .interleaver import Interleaver
+from .llm import LoadAdapter, LoadLLM
+from .show import SaveStory, StoryParts, ViewStory
+from .story import AddPicture, LoadStory, StartStory
+from .turn import StoryTurn
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadLLM,
+    LoadAdapter,
+    LoadMapper,
+    LoadDiffusers,
+    StartStory,
+    LoadStory,
+    StoryTurn,
+    VokensToConditioning,
+    AddPicture,
+    Interleaver,
+    StoryParts,
+    ViewStory,
+    SaveStory,
+]
+
+
+class MiniGPT5Extension(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        folders.register()
+        return NODES

@@ -127,7 +127,7 @@ def test_a_story_without_pictures_is_told_and_goes_on(pipeline: Pipeline) -> Non
     assert main(["Mia", "--scenes", "2"]) == 0
     assert main(["--continue", "story", "--scenes", "1"]) == 0
     assert [scene.picture for scene in load_story(Path("story")).scenes] == [None] * 3
-    assert sorted(contents(Path("story"))) == ["story.html", "story.json", "strip.png"]
+    assert sorted(contents(Path("story"))) == ["story.html", "story.json", "story.md", "strip.png"]
 
 
 def test_a_story_goes_on_elsewhere_and_the_first_stays() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.pages import (
@@ -14,6 +15,7 @@ from minigpt5_core.pages import (
     drawable,
     read_pictures,
     render_html,
+    render_markdown,
     wrap,
     write_story,
 )
@@ -21,14 +23,14 @@ from minigpt5_core.story import Scene, Story, load_story
 
 RED, BLUE = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
 STORY = Story("Mia & <the> fox", 7, (Scene("Mia’s café."), Scene("<b>She</b> waits.\nLong.")))
-FILES = ["scene_01.png", "story.html", "story.json", "strip.png"]
+FILES = ["scene_01.png", "story.html", "story.json", "story.md", "strip.png"]
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_story_is_a_folder_of_four_kinds_of_files(tmp_path: Path) -> None:
+def test_a_story_is_a_folder_of_five_kinds_of_files(tmp_path: Path) -> None:
     written = write_story(tmp_path / "a" / "story", STORY, [RED, None])
     assert names(tmp_path / "a" / "story") == FILES
     assert [scene.picture for scene in written.scenes] == ["scene_01.png", None]
@@ -186,3 +188,24 @@ def test_story_json_holds_no_times_and_no_paths(tmp_path: Path) -> None:
             {"text": "<b>She</b> waits.\nLong.", "picture": None},
         ],
     }
+
+
+def test_markdown_shows_what_was_told_and_no_markup_of_it(tmp_path: Path) -> None:
+    story = Story(
+        "A *bold* [fox]", 0, (Scene("1. <b>One</b>\n- two # three"), Scene("Plain.", "scene_02.png"))
+    )
+    assert render_markdown(story).split("\n\n") == [
+        "# A \\*bold\\* \\[fox\\]",
+        "1\\. \\<b\\>One\\</b\\>",
+        "\\- two \\# three",
+        "![Picture of scene 2](scene_02.png)",
+        "Plain.\n",
+    ]
+
+
+def test_metadata_lies_in_the_scenes_pictures(tmp_path: Path) -> None:
+    info = PngInfo()
+    info.add_text("workflow", "{}")
+    write_story(tmp_path / "story", STORY, [RED, None], metadata=info)
+    with Image.open(tmp_path / "story" / "scene_01.png") as picture:
+        assert picture.text == {"workflow": "{}"}

@@ -134,7 +134,7 @@ def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftM
         )
     if has_lora(start / "adapter"):
         return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
-    llm.causal_lm = load_adapter(llm, start / "adapter").causal_lm
+    load_adapter(llm, start / "adapter")
     return fresh(llm)
 
 

@@ -1,0 +1,155 @@
+"""Adapters in PEFT's layout, read and laid over an LLM without PEFT: voken rows and LoRA (arXiv 2106.09685).
+
+A trained adapter is used where PEFT need not be installed, inside ComfyUI above all. Training goes through PEFT itself.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import BadInputError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OTHER_LLM = "Give the LLM it was trained for with --llm, or an adapter for this one with --adapter."
+PREFIX = "base_model.model."
+ROWS = "trainable_tokens_delta"
+# What of PEFT's LoRA our files never hold, with the value that means "not used".
+UNUSED = {
+    "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none",
+    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What training added to an LLM: `rows`, (V, width) by module, for the `voken_ids`; LoRA pairs by module.
+
+    A pair is A (rank, in) and B (out, rank); the weight it changes becomes weight + scale * B @ A.
+    """
+
+    voken_ids: list[int]
+    rows: dict[str, Tensor]
+    lora: dict[str, tuple[Tensor, Tensor]]
+    scale: float
+
+
+def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int]) -> Adapter:
+    """The adapter in a PEFT folder; BadInputError unless it is whole and made for this LLM and its vokens."""
+    _check_files(folder)
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    _check_config(config)
+    width = causal_lm.get_input_embeddings().weight.shape[1]
+    _check_voken_rows(config, voken_ids, width, folder)
+    weights = load_file(folder / ADAPTER_WEIGHTS)
+    _check_tensors(config, weights, causal_lm, width, folder)
+    plain = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
+    rows = {_module_of_rows(name): weight for name, weight in plain.items() if name.endswith(ROWS)}
+    modules = [name.removesuffix(".lora_A.weight") for name in plain if name.endswith(".lora_A.weight")]
+    lora = {
+        module: (plain[f"{module}.lora_A.weight"], plain[f"{module}.lora_B.weight"]) for module in modules
+    }
+    scale = config["lora_alpha"] / config["r"] if lora else 1.0
+    return Adapter(voken_ids, rows, lora, scale)
+
+
+@torch.no_grad()
+def merge_adapter(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
+    """Lays the adapter into the LLM's weights in memory."""
+    for module, rows in adapter.rows.items():
+        weight = causal_lm.get_submodule(module).weight
+        weight[adapter.voken_ids] = rows.to(weight)
+    for module, (down, up) in adapter.lora.items():
+        weight = causal_lm.get_submodule(module).weight
+        weight += (adapter.scale * up.to(weight) @ down.to(weight)).to(weight)
+
+
+def _check_files(folder: Path) -> None:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise BadInputError(
+                f"{folder} is no PEFT adapter (it has no {name}). Give the adapter/ folder that python -m trainer "
+                "wrote."
+            )
+
+
+def _check_config(config: Any) -> None:
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
+        raise ValueError(f"its peft_type is {kind!r}, expected LORA or TRAINABLE_TOKENS.")
+    for name, unused in UNUSED.items():
+        if config.get(name, unused) not in (unused, None):
+            raise ValueError(f"it sets {name} to {config[name]!r}, which is not supported (only {unused!r}).")
+
+
+def _check_voken_rows(config: dict, voken_ids: list[int], width: int, folder: Path) -> None:
+    """BadInputError unless the adapter trains just the rows that are vokens in this LLM."""
+    rows = config.get("token_indices") or config.get("trainable_token_indices") or []
+    for found in rows.values() if isinstance(rows, dict) else [rows]:  # LoRA may name them layer by layer
+        if list(found) != voken_ids:
+            raise BadInputError(
+                f"The adapter in {folder} trains the rows {_span(found)}, but the vokens of this LLM of width "
+                f"{width} are the rows {_span(voken_ids)}. {OTHER_LLM}"
+            )
+
+
+def _span(rows: list[int]) -> str:
+    return f"{rows[0]} to {rows[-1]} ({len(rows)})" if rows else "of no token"
+
+
+def _check_tensors(
+    config: dict, weights: dict[str, Tensor], causal_lm: PreTrainedModel, width: int, folder: Path
+) -> None:
+    expected = dict(_expected(config, causal_lm))
+    head = _name_of(causal_lm, causal_lm.get_output_embeddings())
+    optional = {
+        f"{PREFIX}{head}.{ROWS}",
+        f"{PREFIX}{head}.token_adapter.{ROWS}",
+    }  # of a tied head, or its own
+    found = {name: tuple(weight.shape) for name, weight in weights.items() if name not in optional}
+    strays = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if not strays:
+        return
+    first = strays[0]
+    if first not in found:
+        trouble = f"the file lacks {first}"
+    elif first not in expected:
+        trouble = f"the LLM has no place for {first}"
+    else:
+        trouble = f"{first} is {found[first]}, expected {expected[first]}"
+    raise BadInputError(
+        f"The adapter in {folder} does not fit an LLM of width {width}: {len(strays)} tensors differ; {trouble}. "
+        f"{OTHER_LLM}"
+    )
+
+
+def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of all tensors that an adapter of this configuration holds for this LLM."""
+    embedding = causal_lm.get_input_embeddings()
+    count = len(config.get("token_indices") or config["trainable_token_indices"])
+    inside = ".token_adapter" if config["peft_type"] == "LORA" else ""
+    yield (
+        f"{PREFIX}{_name_of(causal_lm, embedding)}{inside}.{ROWS}",
+        (count, embedding.weight.shape[1]),
+    )
+    if config["peft_type"] != "LORA":
+        return
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in config["target_modules"]:
+            outputs, inputs = module.weight.shape
+            yield f"{PREFIX}{name}.lora_A.weight", (config["r"], inputs)
+            yield f"{PREFIX}{name}.lora_B.weight", (outputs, config["r"])
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _module_of_rows(name: str) -> str:
+    return name.removesuffix(f".{ROWS}").removesuffix(".token_adapter")

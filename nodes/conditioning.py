@@ -1,0 +1,220 @@
+"""Load a mapper, and turn vokens into conditioning for any sampler."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from . import folders
+from .compat import schema
+from .sockets import MAPPER, VOKENS, LoadedMapper, Vokens
+
+if TYPE_CHECKING:
+    from ..minigpt5_core.conditioning import Conditioning, Space
+
+log = logging.getLogger("minigpt5")
+
+
+class LoadMapper(io.ComfyNode):
+    """A voken mapper; its file says what it belongs to."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5LoadMapper",
+            display_name="Load Voken Mapper (MiniGPT-5)",
+            category="MiniGPT-5/loaders",
+            description="Loads the small network between LLM and diffusion model. Its file says which two it fits.",
+            search_aliases=["mapper", "projector", "connector"],
+            inputs=[
+                io.Combo.Input(
+                    "mapper_name",
+                    options=folders.mapper_names(),
+                    display_name="mapper",
+                    tooltip="A mapper file of python -m trainer, in models/voken_mappers.",
+                )
+            ],
+            outputs=[MAPPER.Output("mapper", display_name="mapper")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, mapper_name: str) -> bool | str:
+        return folders.problem(folders.find_mapper, mapper_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, mapper_name: str) -> str:
+        return folders.fingerprint(folders.find_mapper(mapper_name))
+
+    @classmethod
+    def execute(cls, mapper_name: str) -> io.NodeOutput:
+        from ..minigpt5_core.weights import load_mapper
+
+        mapper, header = load_mapper(folders.find_mapper(mapper_name))
+        return io.NodeOutput(LoadedMapper(mapper, header, mapper_name))
+
+
+class VokensToConditioning(io.ComfyNode):
+    """Vokens -> positive and negative conditioning."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5VokensToConditioning",
+            display_name="Vokens to Conditioning (MiniGPT-5)",
+            category="MiniGPT-5",
+            description="Turns a turn's vokens into positive and negative conditioning for any sampler.",
+            search_aliases=["text encode", "prompt", "CLIP Text Encode"],
+            inputs=[
+                VOKENS.Input("vokens"),
+                MAPPER.Input("mapper"),
+                io.Int.Input(
+                    "picture",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Which of the turn's pictures, counted from 1.",
+                ),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Checked against the mapper before anything is drawn."
+                ),
+                io.Conditioning.Input(
+                    "text",
+                    optional=True,
+                    tooltip="An encoded prompt to blend in, for texture that the vokens lack.",
+                ),
+                io.Float.Input(
+                    "text_strength",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="0: the vokens alone. 1: the text alone. Without text it does nothing.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", display_name="positive"),
+                io.Conditioning.Output("negative", display_name="negative"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vokens: Vokens,
+        mapper: LoadedMapper,
+        picture: int,
+        model: Any = None,
+        text: list | None = None,
+        text_strength: float = 0.3,
+    ) -> io.NodeOutput:
+        import torch
+
+        states = _states(vokens, picture)
+        _check_llm(vokens, mapper)
+        if model is not None:
+            check_model(model, mapper)
+        with torch.no_grad():
+            positive = mapper.mapper(states.float())
+        negative = mapper.mapper.negative()
+        blended = _as_comfy(positive) if text is None else _blend(positive, text, text_strength, mapper)
+        return io.NodeOutput(blended, _as_comfy(negative))
+
+
+def _states(vokens: Vokens, picture: int) -> Any:
+    count = len(vokens.states)
+    if count == 0:
+        raise ValueError(
+            "This turn asked for no picture, so it has no vokens. In Story Turn, set pictures to 'after_text' for one "
+            "picture after every text, or ask for a picture in the instruction."
+        )
+    if picture > count:
+        raise ValueError(
+            f"This turn has {count} picture(s); picture is set to {picture}. Set it to {count} or less."
+        )
+    return vokens.states[picture - 1 : picture]
+
+
+def _check_llm(vokens: Vokens, mapper: LoadedMapper) -> None:
+    if vokens.weights_hash != mapper.header.llm_hash:
+        log.warning(
+            "The mapper %s was trained with other weights of %s than those of %s; pictures may suffer.",
+            mapper.name,
+            mapper.header.llm_id,
+            vokens.llm,
+        )
+
+
+def check_model(model: Any, mapper: LoadedMapper) -> None:
+    """ValueError, naming both sides, when the mapper's answer cannot steer this MODEL; unknown models pass."""
+    from ..minigpt5_core.conditioning import SPACES, Space
+
+    config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
+    width = _context_width(config)
+    if width is None:
+        return
+    space = mapper.header.space
+    pooled = _pooled_width(model, config, space)
+    if (width, pooled) == (space.width, space.pooled_width):
+        return
+    facts = [known for known in SPACES.values() if (known.width, known.pooled_width) == (width, pooled)]
+    found = facts[0] if facts else Space("another", space.tokens, width, pooled)
+    raise ValueError(
+        f"The mapper {mapper.name} answers in the space {space}, but this MODEL takes {found}. "
+        f"{_cure(space, found)}"
+    )
+
+
+def _context_width(config: dict) -> int | None:
+    inner = (config.get("context_embedder_config") or {}).get("params") or {}
+    return config.get("context_dim") or config.get("context_in_dim") or inner.get("in_features")
+
+
+def _pooled_width(model: Any, config: dict, space: Space) -> int | None:
+    """SDXL takes a pooled vector beside 1536 numbers of picture sizes; Flux and SD3 name its width."""
+    if config.get("vec_in_dim"):
+        return config["vec_in_dim"]
+    adm = config.get("adm_in_channels")
+    if not adm:
+        return None
+    return adm - 1536 if adm > 1536 and _context_width(config) == 2048 else adm
+
+
+def _cure(space: Space, found: Space) -> str:
+    if space.name == "storybook":
+        return (
+            "This is the storybook's mapper: use it with the storybook's own MODEL (Load Diffusers Model, MiniGPT-5), "
+            f"or load a mapper that was trained for {found.name} in Load Voken Mapper."
+        )
+    return f"Load a checkpoint of the kind {space.name}, or a mapper that was trained for {found.name}."
+
+
+def _as_comfy(conditioning: Conditioning) -> list:
+    """ComfyUI's CONDITIONING: [[tokens (1, T, C), {"pooled_output": (1, P)}]]."""
+    extra = {} if conditioning.pooled is None else {"pooled_output": conditioning.pooled}
+    return [[conditioning.tokens, extra]]
+
+
+def _blend(conditioning: Conditioning, text: list, strength: float, mapper: LoadedMapper) -> list:
+    """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros."""
+    import torch
+
+    blended = []
+    for tokens, extra in text:
+        if tokens.shape[-1] != conditioning.tokens.shape[-1]:
+            raise ValueError(
+                f"The text conditioning is {tokens.shape[-1]} wide, the mapper {mapper.name} answers in "
+                f"{mapper.header.space}. Encode the text with the CLIP of the model that the mapper was trained for."
+            )
+        longest = max(tokens.shape[1], conditioning.tokens.shape[1])
+        ours, theirs = (
+            torch.nn.functional.pad(side.float(), (0, 0, 0, longest - side.shape[1]))
+            for side in (conditioning.tokens, tokens)
+        )
+        mixed = dict(extra)
+        pooled = extra.get("pooled_output")
+        if conditioning.pooled is not None and pooled is not None:
+            mixed["pooled_output"] = torch.lerp(conditioning.pooled, pooled.float(), strength)
+        blended.append([torch.lerp(ours.expand(len(theirs), -1, -1), theirs, strength), mixed])
+    return blended

@@ -1,0 +1,124 @@
+"""Where model files are found: ComfyUI's folders, with the pack's own storybook among them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import folder_paths
+
+PACK = Path(__file__).resolve().parent.parent
+STORYBOOK = PACK / "storybook"
+STORYBOOK_DIFFUSERS = "storybook"
+DEFAULT_LLM = "SmolLM2-135M-Instruct"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def register() -> None:
+    """Adds our folders to ComfyUI's lists; those that extra_model_paths.yaml has made are kept."""
+    models = Path(folder_paths.models_dir)
+    _merge("LLM", [models / "LLM", STORYBOOK / "LLM"], {""})
+    _merge("voken_mappers", [models / "voken_mappers", STORYBOOK / "voken_mappers"], {".safetensors"})
+    _merge("loras", [STORYBOOK / "loras"], folder_paths.supported_pt_extensions)
+
+
+def _merge(key: str, ours: list[Path], extensions: set[str]) -> None:
+    paths, known = folder_paths.folder_names_and_paths.get(key, ([], set()))
+    more = [str(path) for path in ours if str(path) not in paths]
+    folder_paths.folder_names_and_paths[key] = ([*paths, *more], set(known) | extensions)
+
+
+def llm_names() -> list[str]:
+    """Hugging Face folders in the LLM folders; the default LLM is always offered."""
+    return sorted({DEFAULT_LLM, *_folders("LLM", "config.json")})
+
+
+def mapper_names() -> list[str]:
+    """Mapper files."""
+    return folder_paths.get_filename_list("voken_mappers")
+
+
+def adapter_names() -> list[str]:
+    """PEFT folders among the LoRAs."""
+    files = map(Path, folder_paths.get_filename_list("loras"))
+    return sorted(file.parent.as_posix() for file in files if file.name == ADAPTER_FILE)
+
+
+def diffusers_names() -> list[str]:
+    """Diffusers folders, the storybook's first."""
+    return [STORYBOOK_DIFFUSERS, *sorted(_folders("diffusers", "model_index.json"))]
+
+
+def find_llm(name: str) -> Path | None:
+    """The LLM's folder, or None for the default LLM where no LLM folder holds it."""
+    found = _find("LLM", name, "config.json")
+    if found is None and name != DEFAULT_LLM:
+        raise missing("LLM", "LLM", name, "a Hugging Face folder with config.json and safetensors weights")
+    return found
+
+
+def find_mapper(name: str) -> Path:
+    """The mapper's file."""
+    path = folder_paths.get_full_path("voken_mappers", name)
+    if path is None:
+        raise missing("mapper", "voken_mappers", name, "a mapper.safetensors that python -m trainer made")
+    return Path(path)
+
+
+def find_adapter(name: str) -> Path:
+    """The adapter's folder."""
+    path = folder_paths.get_full_path("loras", f"{name}/{ADAPTER_FILE}")
+    if path is None:
+        raise missing("adapter", "loras", name, "an adapter/ folder that python -m trainer made")
+    return Path(path).parent
+
+
+def find_diffusers(name: str) -> Path:
+    """The diffusers folder."""
+    if name == STORYBOOK_DIFFUSERS:
+        return STORYBOOK / "diffusers"
+    found = _find("diffusers", name, "model_index.json")
+    if found is None:
+        raise missing("diffusers model", "diffusers", name, "a diffusers folder with model_index.json")
+    return found
+
+
+def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
+    """The error for a file that is not there: every folder that was searched, and what belongs there."""
+    searched = "\n".join(f"  {path}" for path in folder_paths.get_folder_paths(key))
+    return ValueError(
+        f"The {what} {name!r} is in none of these folders:\n{searched}\n"
+        f"Put {wanted} of that name into one of them, or choose another in the node."
+    )
+
+
+def problem(find: Callable[[str], object], name: str) -> bool | str:
+    """What ComfyUI's validation wants to hear of a name: True, or what is wrong."""
+    try:
+        find(name)
+    except ValueError as error:
+        return str(error)
+    return True
+
+
+def fingerprint(path: Path | None) -> str:
+    """Changes when a file, or a file in a folder, was changed; the same text while nothing was."""
+    if path is None:
+        return "default"
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    marks = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
+    return f"{path} {marks}"
+
+
+def _folders(key: str, mark: str) -> set[str]:
+    roots = [Path(root) for root in folder_paths.get_folder_paths(key)]
+    return {
+        path.name for root in roots if root.is_dir() for path in root.iterdir() if (path / mark).is_file()
+    }
+
+
+def _find(key: str, name: str, mark: str) -> Path | None:
+    for root in folder_paths.get_folder_paths(key):
+        folder = Path(root) / name
+        # a name is a folder's own, never a way out of it
+        if Path(name).name == name and (folder / mark).is_file():
+            return folder
+    return None

@@ -1,0 +1,202 @@
+"""Load a frozen LLM, and lay an adapter over it. ComfyUI moves and frees its weights like those of any model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+from . import folders
+from .compat import schema
+from .sockets import LLM, LoadedLLM
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..minigpt5_core.adapter import Adapter
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+class LoadLLM(io.ComfyNode):
+    """An LLM from a Hugging Face folder, with the voken rows added."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5LoadLLM",
+            display_name="Load LLM (MiniGPT-5)",
+            category="MiniGPT-5/loaders",
+            description="Loads the language model that tells the story, from a Hugging Face folder in models/LLM.",
+            search_aliases=["language model", "storyteller", "SmolLM", "Vicuna"],
+            inputs=[
+                io.Combo.Input(
+                    "llm_name",
+                    options=folders.llm_names(),
+                    default=folders.DEFAULT_LLM,
+                    display_name="LLM",
+                    tooltip="A folder in models/LLM that holds config.json, safetensors weights and a tokenizer.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=DTYPES,
+                    default="auto",
+                    tooltip="auto: float32 on a CPU, else what ComfyUI uses for text encoders.",
+                ),
+                io.Int.Input(
+                    "vokens",
+                    default=8,
+                    min=1,
+                    max=64,
+                    tooltip="How many generative vokens stand for one picture. A mapper says how many it takes.",
+                ),
+            ],
+            outputs=[LLM.Output("llm", display_name="LLM")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, llm_name: str) -> bool | str:
+        return folders.problem(folders.find_llm, llm_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, llm_name: str, dtype: str, vokens: int) -> str:
+        return folders.fingerprint(folders.find_llm(llm_name))
+
+    @classmethod
+    def execute(cls, llm_name: str, dtype: str, vokens: int) -> io.NodeOutput:
+        from ..minigpt5_core.llm import load_llm
+        from ..minigpt5_core.llm_files import default_llm
+        from ..minigpt5_core.weights import hash_weights
+
+        folder = folders.find_llm(llm_name) or default_llm()
+        frozen = load_llm(folder, vokens, dtype=_dtype(dtype))
+        return io.NodeOutput(LoadedLLM(_manage(frozen.causal_lm), frozen, llm_name, hash_weights(folder)))
+
+
+class LoadAdapter(io.ComfyNode):
+    """LoRA and voken rows over an LLM, as patches: nothing stays behind when they go."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5LoadAdapter",
+            display_name="Load Adapter (MiniGPT-5)",
+            category="MiniGPT-5/loaders",
+            description="Lays what training added (voken rows, LoRA) over the LLM. Needed for pictures to make sense.",
+            search_aliases=["lora", "peft", "voken rows"],
+            inputs=[
+                LLM.Input("llm", display_name="LLM"),
+                io.Combo.Input(
+                    "adapter_name",
+                    options=folders.adapter_names(),
+                    display_name="adapter",
+                    tooltip="An adapter folder of python -m trainer, in models/loras.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="1 is as it was trained.",
+                ),
+            ],
+            outputs=[LLM.Output("adapted_llm", display_name="LLM")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, adapter_name: str) -> bool | str:
+        return folders.problem(folders.find_adapter, adapter_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, adapter_name: str, strength: float, **links: Any) -> str:
+        return folders.fingerprint(folders.find_adapter(adapter_name))
+
+    @classmethod
+    def execute(cls, llm: LoadedLLM, adapter_name: str, strength: float) -> io.NodeOutput:
+        from ..minigpt5_core.adapter import OTHER_LLM, read_adapter
+        from ..minigpt5_core.llm import reading
+
+        folder = folders.find_adapter(adapter_name)
+        trouble = f"The adapter {adapter_name} does not fit the LLM {llm.name}"
+        with reading(trouble, folder, OTHER_LLM):
+            adapter = read_adapter(folder, llm.frozen.causal_lm, llm.frozen.voken_ids)
+        patcher = llm.patcher.clone()
+        patcher.add_patches(_patches(adapter, llm), strength)
+        return io.NodeOutput(LoadedLLM(patcher, llm.frozen, llm.name, llm.weights_hash))
+
+
+def _dtype(name: str) -> torch.dtype:
+    import comfy.model_management as management
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    device = management.text_encoder_device()
+    # ComfyUI says float16 there too, and casts layer by layer; a plain transformers model computes in what it holds
+    return torch.float32 if device.type == "cpu" else management.text_encoder_dtype(device)
+
+
+def _manage(causal_lm: Any) -> Any:
+    """The LLM in ComfyUI's own keeping: it decides where the weights are, and when they go."""
+    import comfy.model_management as management
+    import torch
+    from comfy.model_patcher import ModelPatcher
+
+    class Managed(torch.nn.Module):
+        """ModelPatcher sets attributes on its model, `device` among them, which transformers' models refuse."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.causal_lm = causal_lm
+
+    return ModelPatcher(
+        Managed(),
+        load_device=management.text_encoder_device(),
+        offload_device=management.text_encoder_offload_device(),
+    )
+
+
+def _patches(adapter: Adapter, llm: LoadedLLM) -> dict[str, Any]:
+    """The adapter as ComfyUI's LoRA patches.
+
+    New voken rows are a LoRA too: a one-hot column for each row, times its difference from the row that is there.
+    """
+    import comfy.lora
+
+    parts: dict[str, torch.Tensor] = {}
+    keys: dict[str, str] = {}
+    for module, (down, up) in adapter.lora.items():
+        _add(parts, keys, module, down, up, adapter.scale)
+    for module, rows in _all_rows(adapter, llm).items():
+        weight = llm.frozen.causal_lm.get_submodule(module).weight
+        down = rows.float() - _unpatched(llm, module)[adapter.voken_ids].float().cpu()
+        up = down.new_zeros(len(weight), len(rows))
+        up[adapter.voken_ids, range(len(rows))] = 1
+        _add(parts, keys, module, down, up, 1.0)
+    return comfy.lora.load_lora(parts, keys)
+
+
+def _add(parts: dict, keys: dict, module: str, down: torch.Tensor, up: torch.Tensor, scale: float) -> None:
+    import torch
+
+    parts |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+    parts[f"{module}.alpha"] = torch.tensor(scale * len(down))
+    keys[module] = f"causal_lm.{module}.weight"
+
+
+def _all_rows(adapter: Adapter, llm: LoadedLLM) -> dict[str, torch.Tensor]:
+    """The rows of each table that holds them: a tied head is a table of its own to ComfyUI's patches."""
+    causal_lm = llm.frozen.causal_lm
+    names = {id(module): name for name, module in causal_lm.named_modules()}
+    table = names[id(causal_lm.get_input_embeddings())]
+    head = names[id(causal_lm.get_output_embeddings())]
+    tied = causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+    return adapter.rows | ({head: adapter.rows[table]} if tied else {})
+
+
+def _unpatched(llm: LoadedLLM, module: str) -> torch.Tensor:
+    """The weight without any adapter, also while one is laid over it."""
+    key = f"causal_lm.{module}.weight"
+    backup = llm.patcher.backup.get(key)
+    return backup.weight if backup else llm.frozen.causal_lm.get_submodule(module).weight

@@ -1,0 +1,77 @@
+"""What travels between our nodes. Objects are never changed after they were made: ComfyUI keeps and shares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..minigpt5_core.llm import FrozenLLM
+    from ..minigpt5_core.mapper import Mapper
+    from ..minigpt5_core.weights import MapperHeader
+
+LLM = io.Custom("MINIGPT5_LLM")
+MAPPER = io.Custom("MINIGPT5_MAPPER")
+STORY = io.Custom("MINIGPT5_STORY")
+VOKENS = io.Custom("MINIGPT5_VOKENS")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedLLM:
+    """The LLM as ComfyUI manages it: `patcher` holds its weights (and what an adapter lays over them).
+
+    `frozen` reads the same weights; it is to be used only after `load_models_gpu([patcher])`.
+    """
+
+    patcher: Any
+    frozen: FrozenLLM
+    name: str
+    weights_hash: str
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedMapper:
+    """A mapper, what its file says about it, and the file's name."""
+
+    mapper: Mapper
+    header: MapperHeader
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One scene: what was asked for, what was told, and the picture (H, W, 3) in [0, 1], if there is one."""
+
+    request: str
+    text: str
+    picture: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StorySoFar:
+    """What a STORY socket carries: the opening that was asked for, and the pages so far."""
+
+    prompt: str
+    pages: tuple[Page, ...] = ()
+    seed: int = 0
+
+    def with_page(self, page: Page) -> StorySoFar:
+        """The story with one page more."""
+        return replace(self, pages=(*self.pages, page))
+
+    def with_picture(self, picture: Tensor) -> StorySoFar:
+        """The story with a picture (H, W, 3) on its last page."""
+        return replace(self, pages=(*self.pages[:-1], replace(self.pages[-1], picture=picture)))
+
+
+@dataclass(frozen=True, eq=False)
+class Vokens:
+    """Voken states (k, V, L) of the k pictures that a turn asked for, and the LLM they come from."""
+
+    states: Tensor
+    llm: str
+    weights_hash: str

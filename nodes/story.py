@@ -1,0 +1,164 @@
+"""Begin a story, read one that was saved, and put pictures into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy_api.latest import io
+
+from .compat import schema
+from .sockets import STORY, Page, StorySoFar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NEXT = ""  # an empty request: the turn asks for what happens next
+
+
+class StartStory(io.ComfyNode):
+    """The opening of a story, or a page told by the user."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5Story",
+            display_name="Story (MiniGPT-5)",
+            category="MiniGPT-5",
+            description=(
+                "Begins a story with an opening to be told. With a picture, or with an earlier story, the text is a "
+                "page of its own."
+            ),
+            search_aliases=["prompt", "comic", "picture book"],
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="Mia the fox wakes up in a snowy forest.",
+                    tooltip="How the story begins, or, with a picture or an earlier story, what this page says.",
+                ),
+                io.Image.Input("image", optional=True, tooltip="A picture of yours for this page."),
+                STORY.Input("earlier", optional=True, tooltip="A story that this page is added to."),
+            ],
+            outputs=[STORY.Output("story", display_name="story")],
+        )
+
+    @classmethod
+    def execute(
+        cls, text: str, image: Tensor | None = None, earlier: StorySoFar | None = None
+    ) -> io.NodeOutput:
+        if earlier is None and image is None:
+            if not text.strip():
+                raise ValueError("The story has no opening: the text is empty. Write how it begins.")
+            return io.NodeOutput(StorySoFar(text.strip()))
+        story = earlier or StorySoFar(text.strip())
+        pictures = [None] if image is None else list(image[..., :3])
+        for index, picture in enumerate(pictures):  # a batch of images is a page each, the text on the first
+            story = story.with_page(Page(NEXT, text.strip() if index == 0 else "", picture))
+        return io.NodeOutput(story)
+
+
+class AddPicture(io.ComfyNode):
+    """A picture for the story's last page."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5AddPicture",
+            display_name="Add Picture to Story (MiniGPT-5)",
+            category="MiniGPT-5",
+            description="Puts a picture onto the story's last page, so that the next turn goes on from it.",
+            inputs=[STORY.Input("story"), io.Image.Input("image")],
+            outputs=[STORY.Output("illustrated", display_name="story")],
+        )
+
+    @classmethod
+    def execute(cls, story: StorySoFar, image: Tensor) -> io.NodeOutput:
+        if not story.pages:
+            raise ValueError(
+                "The story has no page yet. Add pictures after a Story Turn, or give them to Story."
+            )
+        return io.NodeOutput(story.with_picture(image[0, ..., :3].float().cpu()))
+
+
+class LoadStory(io.ComfyNode):
+    """A story that Save Story wrote, from the output or the input folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5LoadStory",
+            display_name="Load Story (MiniGPT-5)",
+            category="MiniGPT-5/loaders",
+            description="Reads a saved story (story.json and its pictures), to look at or to go on with.",
+            inputs=[
+                io.Combo.Input(
+                    "story_name",
+                    options=saved_stories(),
+                    display_name="saved story",
+                    tooltip="A folder with a story.json, in ComfyUI's output or input folder.",
+                )
+            ],
+            outputs=[STORY.Output("story", display_name="story")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, story_name: str) -> bool | str:
+        return True if _find_story(story_name) else _no_story(story_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, story_name: str) -> str:
+        from .folders import fingerprint
+
+        return fingerprint(_find_story(story_name))
+
+    @classmethod
+    def execute(cls, story_name: str) -> io.NodeOutput:
+        from ..minigpt5_core.pages import read_pictures
+        from ..minigpt5_core.story import load_story
+
+        folder = _find_story(story_name)
+        if folder is None:
+            raise ValueError(_no_story(story_name))
+        saved = load_story(folder)
+        pictures = [
+            None if picture is None else _as_tensor(picture) for picture in read_pictures(saved, folder)
+        ]
+        pages = [
+            Page(NEXT, scene.text, picture) for scene, picture in zip(saved.scenes, pictures, strict=True)
+        ]
+        return io.NodeOutput(StorySoFar(saved.prompt, tuple(pages), saved.seed))
+
+
+def _roots() -> list[Path]:
+    return [Path(folder_paths.get_output_directory()), Path(folder_paths.get_input_directory())]
+
+
+def saved_stories() -> list[str]:
+    """Folders with a story.json, named from the output or the input folder on, at most three levels down."""
+    found = set()
+    for root in _roots():
+        for pattern in ("*/story.json", "*/*/story.json", "*/*/*/story.json"):
+            found |= {path.parent.relative_to(root).as_posix() for path in root.glob(pattern)}
+    return sorted(found)
+
+
+def _find_story(name: str) -> Path | None:
+    for root in _roots():
+        folder = (root / name).resolve()
+        if folder.is_relative_to(root.resolve()) and (folder / "story.json").is_file():
+            return folder
+    return None
+
+
+def _no_story(name: str) -> str:
+    searched = " or ".join(str(root) for root in _roots())
+    return f"There is no saved story {name!r} in {searched}. Save one with Save Story, or choose another."
+
+
+def _as_tensor(picture: Any) -> Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)

@@ -1,0 +1,162 @@
+"""One turn: the LLM tells the next scene, and its vokens say what the picture shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from .compat import schema
+from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..minigpt5_core.prompts import Turn
+
+PICTURES = ["after_text", "when_asked", "first", "none"]
+SEEDS = 0xFFFFFFFFFFFFFFFF
+
+
+def sampling_inputs() -> list[io.Input]:
+    """How tokens are drawn; the same widgets in Story Turn and Interleaver."""
+    return [
+        io.Float.Input(
+            "temperature",
+            default=0.7,
+            min=0.0,
+            max=2.0,
+            step=0.05,
+            tooltip="0 takes the likeliest word; higher is more daring.",
+        ),
+        io.Float.Input("top_p", default=0.9, min=0.05, max=1.0, step=0.05, tooltip="Nucleus sampling."),
+        io.Int.Input("top_k", default=50, min=0, max=1000, tooltip="0 leaves top-k out."),
+        io.Float.Input(
+            "repetition_penalty",
+            default=1.0,
+            min=1.0,
+            max=3.0,
+            step=0.05,
+            tooltip="Above 1, words that were said become less likely.",
+        ),
+        io.Int.Input("max_new_tokens", default=60, min=1, max=4096, tooltip="The longest a turn may be."),
+    ]
+
+
+class StoryTurn(io.ComfyNode):
+    """The LLM tells one scene."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="MiniGPT5StoryTurn",
+            display_name="Story Turn (MiniGPT-5)",
+            category="MiniGPT-5",
+            description="The LLM tells the next scene. Its text, and the vokens of its picture, come out.",
+            search_aliases=["generate text", "chat", "LLM", "next scene"],
+            inputs=[
+                LLM.Input("llm", display_name="LLM"),
+                STORY.Input("story"),
+                io.String.Input(
+                    "instruction",
+                    multiline=True,
+                    default="",
+                    tooltip="What should happen next. Empty: the LLM decides.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=SEEDS, control_after_generate=True),
+                *sampling_inputs(),
+                io.Combo.Input(
+                    "pictures",
+                    options=PICTURES,
+                    default="after_text",
+                    tooltip="after_text: text, then always a picture. when_asked: the LLM decides. first: the picture "
+                    "before any text, as published. none: text only.",
+                ),
+            ],
+            outputs=[
+                STORY.Output("told", display_name="story"),
+                io.String.Output("text", display_name="text"),
+                VOKENS.Output("vokens", display_name="vokens"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        llm: LoadedLLM,
+        story: StorySoFar,
+        instruction: str,
+        seed: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        repetition_penalty: float,
+        max_new_tokens: int,
+        pictures: str,
+    ) -> io.NodeOutput:
+        import comfy.model_management as management
+        import torch
+
+        from ..minigpt5_core.generate import Sampling, generate
+        from ..minigpt5_core.prompts import fit_chat
+
+        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, pictures)
+        frozen = llm.frozen
+        request = _request(story, instruction)
+        room = max_new_tokens + len(frozen.voken_ids)
+        fitted = fit_chat(frozen, [*_turns(story), _open_turn(request)], room)
+        memory = _cache_bytes(llm, len(fitted.prompt.ids) + room)
+        management.load_models_gpu([llm.patcher], memory_required=memory, force_full_load=True)
+        with torch.no_grad():
+            reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
+        vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
+        told = story.with_page(Page(request, reply.text))
+        return io.NodeOutput(told, reply.text, vokens)
+
+
+def _request(story: StorySoFar, instruction: str) -> str:
+    """What the LLM is asked: the opening for the first page, then the instruction or what happens next."""
+    from ..minigpt5_core.prompts import NEXT
+
+    instruction = instruction.strip()
+    if story.pages:
+        return instruction or NEXT
+    return f"{story.prompt} {instruction}".strip()
+
+
+def _turns(story: StorySoFar) -> list[Turn]:
+    """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next."""
+    from ..minigpt5_core.prompts import NEXT, Turn
+
+    return [
+        Turn(page.request or (NEXT if index else story.prompt), page.text, picture=page.picture is not None)
+        for index, page in enumerate(story.pages)
+    ]
+
+
+def _open_turn(request: str) -> Turn:
+    from ..minigpt5_core.prompts import Turn
+
+    return Turn(request)
+
+
+def _progress(total: int) -> Callable[[int], bool]:
+    """Ticks ComfyUI's bar for every token; the tick raises when the user has pressed Cancel."""
+    import comfy.utils
+
+    bar = comfy.utils.ProgressBar(total)
+
+    def tick(row: int) -> bool:
+        bar.update(1)
+        return False
+
+    return tick
+
+
+def _cache_bytes(llm: LoadedLLM, positions: int) -> int:
+    """What the keys and values of so many positions take, so that ComfyUI makes room for them."""
+    config = llm.frozen.causal_lm.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = llm.frozen.causal_lm.dtype.itemsize
+    return 2 * config.num_hidden_layers * heads * head_size * positions * size

@@ -1,0 +1,78 @@
+"""Runs in ComfyUI's own Python, from its folder: our loaders' objects, computed with and written out as numbers.
+
+python inside.py PACK OUT.safetensors models|adapter IN.safetensors
+"""
+
+import asyncio
+import importlib.util
+import sys
+from pathlib import Path
+
+pack_folder, out, job, given = sys.argv[1:]
+sys.argv = [sys.argv[0], "--cpu"]  # what ComfyUI's own command line reads
+sys.path.insert(0, ".")
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_management as management  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import nodes as comfyui_nodes  # noqa: E402, F401  # ComfyUI's own, before ours may be found under that name
+
+
+def load_pack():
+    """As ComfyUI loads it."""
+    spec = importlib.util.spec_from_file_location("pack", Path(pack_folder) / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pack"] = module
+    spec.loader.exec_module(module)
+
+    async def nodes():
+        return await (await module.comfy_entrypoint()).get_node_list()
+
+    return {node.define_schema().node_id: node for node in asyncio.run(nodes())}
+
+
+def run(node, *arguments):
+    return node.execute(*arguments).args
+
+
+@torch.no_grad()
+def models(nodes, given):
+    """One forward of UNet, text encoder, decoder and encoder of the storybook."""
+    model, clip, vae = run(nodes["MiniGPT5LoadDiffusers"], "storybook")
+    management.load_models_gpu([model])
+    scale = model.get_model_object("latent_format").scale_factor
+    inner = model.model.diffusion_model
+    tokens = clip.tokenize("a fox with a red balloon in the snow by day")
+    return {
+        "unet": inner(given["latents"], given["timesteps"], context=given["context"]),
+        "text": clip.encode_from_tokens(tokens),
+        "decoded": vae.decode(given["latents"] / scale),
+        "encoded": vae.encode(given["pictures"]) * scale,
+        "sigmas": model.get_model_object("model_sampling").sigmas,
+    }
+
+
+@torch.no_grad()
+def adapter(nodes, given):
+    """The LLM's logits plain, with the adapter, and plain again; the weights that the adapter touches."""
+    (llm,) = run(nodes["MiniGPT5LoadLLM"], "SmolLM2-135M-Instruct", "float32", 8)
+    (adapted,) = run(nodes["MiniGPT5LoadAdapter"], llm, "storybook", 1.0)
+    results = {}
+    weights = {}
+    for name, loaded in (("plain", llm), ("adapted", adapted), ("again", llm)):
+        management.load_models_gpu([loaded.patcher], force_full_load=True)
+        results[f"{name}_logits"] = llm.frozen.causal_lm(given["ids"]).logits
+        weights[name] = {key: value.clone() for key, value in llm.frozen.causal_lm.state_dict().items()}
+    same = [torch.equal(weights["plain"][key], weights["again"][key]) for key in weights["plain"]]
+    changed = [torch.equal(weights["plain"][key], weights["adapted"][key]) for key in weights["plain"]]
+    return results | {"same_again": torch.tensor(same), "same_adapted": torch.tensor(changed)}
+
+
+if __name__ == "__main__":
+    values = {"models": models, "adapter": adapter}[job](load_pack(), load_file(given))
+    save_file({name: value.float().contiguous() for name, value in values.items()}, out)

