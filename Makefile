@@ -1,7 +1,8 @@
 # Everything is kept in .venv. The first run installs, later ones do not.
 #   make story PROMPT="Mia the fox wakes up in a snowy forest." [SCENES=4] [SEED=0] [OUT=story]
 #   make test      every test
-#   make test-comfyui   the nodes in a real ComfyUI (COMFYUI_PATH, default ~/comfy/ComfyUI) and its page in Chromium
+#   make test-comfyui   the nodes in a real ComfyUI (COMFYUI_PATH, default ~/comfy/ComfyUI) and its page in Chromium;
+#                  SDXL=1: also with a checkpoint of SDXL's size, which takes 12 GB of memory and 8 GB of disk
 #   make check     format, lint, types and the fast tests (make lint: all but the tests)
 # PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, such as
 #   PIP_ARGS="--extra-index-url URL"   (URL: the index with torch built for the CPU alone that pytorch.org names)
@@ -32,7 +33,7 @@ test: .venv/dev-installed
 	$(BIN)/python -m pytest -m "not comfyui or comfyui_smoke"
 
 test-comfyui: .venv/dev-installed
-	$(BIN)/python -m pytest tests/comfyui -m comfyui -rs
+	$(BIN)/python -m pytest tests/comfyui -m "comfyui$(if $(filter 1,$(SDXL)),, and not comfyui_sdxl)" -rs
 
 lint: .venv/dev-installed
 	$(BIN)/python -m ruff format --check

@@ -13,12 +13,16 @@ if TYPE_CHECKING:  # the table of spaces is plain data: reading it must not cost
 
 @dataclass(frozen=True)
 class Space:
-    """Conditioning of shape (B, tokens, width) and, where `pooled_width` is set, (B, pooled_width)."""
+    """Conditioning of shape (B, tokens, width) and, where `pooled_width` is set, (B, pooled_width).
+
+    `latent_channels` are those of the family's latents, to tell models apart that take the same conditioning.
+    """
 
     name: str
     tokens: int
     width: int
     pooled_width: int | None = None
+    latent_channels: int = 4
 
     def __str__(self) -> str:
         pooled = f" with a pooled vector of {self.pooled_width}" if self.pooled_width else ""
@@ -31,8 +35,8 @@ SPACES: dict[str, Space] = {
         Space("sd15", 77, 768),
         Space("sd21", 77, 1024),
         Space("sdxl", 77, 2048, 1280),
-        Space("sd3", 77, 4096, 2048),
-        Space("flux", 77, 4096, 768),
+        Space("sd3", 77, 4096, 2048, latent_channels=16),
+        Space("flux", 77, 4096, 768, latent_channels=16),
         Space("storybook", 77, 128),
     )
 }

@@ -61,12 +61,12 @@ def build(kind: type[Stored], values: Any, source: str) -> Stored:
             f"{source}: found {type(values).__name__}, expected an object with {_names(hints)}."
         )
     if unknown := set(values) - set(hints):
-        raise BadInputError(f"{source}: unknown key {_names(unknown)}. Valid keys: {_names(hints)}.")
+        raise BadInputError(f"{source}: unknown key {_quoted(unknown)}. Valid keys: {_names(hints)}.")
     if missing := _required(kind) - set(values):
-        raise BadInputError(f"{source}: missing key {_names(missing)}. Valid keys: {_names(hints)}.")
+        raise BadInputError(f"{source}: missing key {_quoted(missing)}. Valid keys: {_names(hints)}.")
     for name, value in values.items():
         expected = _checkable(hints[name])
-        if not isinstance(value, expected) or isinstance(value, bool):
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             raise BadInputError(f"{source}: {name} is {value!r}, expected {_label(expected)}.")
     return kind(**values)
 
@@ -91,3 +91,7 @@ def _label(hint: Any) -> str:
 
 def _names(names: Any) -> str:
     return ", ".join(sorted(map(str, names)))
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(sorted(map(repr, names)))

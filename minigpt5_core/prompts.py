@@ -14,6 +14,11 @@ from .llm import FrozenLLM
 
 SYSTEM = "You tell a picture book story, scene by scene."
 NEXT = "What happens next?"
+# For an LLM whose tokenizer has no chat template: a line a message, each ended by the LLM's own end mark.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
 PUBLISHED_SYSTEM = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide "
     "it to you. Please understanding images and generate story."
@@ -40,7 +45,7 @@ class FittedPrompt:
 
 
 def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
-    """The turns through the LLM's chat template; an untold last turn leaves the reply open."""
+    """The turns through the LLM's chat template, or a plain one; an untold last turn leaves the reply open."""
     block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
     messages = [{"role": "system", "content": SYSTEM}]
     for turn in turns:
@@ -48,7 +53,12 @@ def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
         if turn.text is not None:
             messages.append({"role": "assistant", "content": turn.text + (block if turn.picture else "")})
     is_open = bool(turns) and turns[-1].text is None
-    return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+    return llm.tokenizer.apply_chat_template(
+        messages,
+        chat_template=None if llm.tokenizer.chat_template else PLAIN_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=is_open,
+    )
 
 
 def published_text(turns: Sequence[Turn]) -> str:

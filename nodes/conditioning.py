@@ -77,7 +77,10 @@ class VokensToConditioning(io.ComfyNode):
                     tooltip="Which of the turn's pictures, counted from 1.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="Checked against the mapper before anything is drawn."
+                    "model",
+                    optional=True,
+                    tooltip="The MODEL that will draw, checked against the mapper here: without it a wrong pair shows only "
+                    "in the sampler, as a matrix size error.",
                 ),
                 io.Conditioning.Input(
                     "text",
@@ -157,6 +160,7 @@ def check_model(model: Any, mapper: LoadedMapper) -> None:
     space = mapper.header.space
     pooled = _pooled_width(model, config, space)
     if (width, pooled) == (space.width, space.pooled_width):
+        _check_latents(model, mapper)
         return
     facts = [known for known in SPACES.values() if (known.width, known.pooled_width) == (width, pooled)]
     found = facts[0] if facts else Space("another", space.tokens, width, pooled)
@@ -164,6 +168,17 @@ def check_model(model: Any, mapper: LoadedMapper) -> None:
         f"The mapper {mapper.name} answers in the space {space}, but this MODEL takes {found}. "
         f"{_cure(space, found)}"
     )
+
+
+def _check_latents(model: Any, mapper: LoadedMapper) -> None:
+    space = mapper.header.space
+    channels = getattr(model.get_model_object("latent_format"), "latent_channels", space.latent_channels)
+    if channels != space.latent_channels:
+        raise ValueError(
+            f"The mapper {mapper.name} is for {space}, whose latents have {space.latent_channels} channels; this "
+            f"MODEL's have {channels}. Load a checkpoint of the kind {space.name}, or a mapper that was trained for "
+            "this one."
+        )
 
 
 def _context_width(config: dict) -> int | None:

@@ -59,7 +59,7 @@ def find_mapper(name: str) -> Path:
     """The mapper's file."""
     path = folder_paths.get_full_path("voken_mappers", name)
     if path is None:
-        raise missing("mapper", "voken_mappers", name, "a mapper.safetensors that python -m trainer made")
+        raise missing("mapper", "voken_mappers", name, "the mapper file that python -m trainer made")
     return Path(path)
 
 
@@ -67,7 +67,7 @@ def find_adapter(name: str) -> Path:
     """The adapter's folder."""
     path = folder_paths.get_full_path("loras", f"{name}/{ADAPTER_FILE}")
     if path is None:
-        raise missing("adapter", "loras", name, "an adapter/ folder that python -m trainer made")
+        raise missing("adapter", "loras", name, "the adapter folder that python -m trainer made")
     return Path(path).parent
 
 
@@ -86,7 +86,7 @@ def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
     searched = "\n".join(f"  {path}" for path in folder_paths.get_folder_paths(key))
     return ValueError(
         f"The {what} {name!r} is in none of these folders:\n{searched}\n"
-        f"Put {wanted} of that name into one of them, or choose another in the node."
+        f"Put {wanted} into one of them under that name, or choose another in the node."
     )
 
 

@@ -120,7 +120,5 @@ def _scene(graph: Any, index: int, line: str, story: Any, latent: Any, inputs: d
         denoise=1.0,
     )
     decoded = graph.node("VAEDecode", f"{name}_decode", samples=drawn.out(0), vae=inputs["vae"])
-    pictured = graph.node("MiniGPT5AddPicture", f"{name}_picture", story=turn.out(0), image=decoded.out(0))
-    # shown on the Interleaver itself while the rest is still being told
-    graph.node("MiniGPT5ViewStory", f"{name}_view", story=pictured.out(0))
-    return pictured.out(0)
+    # turn and picture are shown on the Interleaver itself while the rest is still being told
+    return graph.node("MiniGPT5AddPicture", f"{name}_picture", story=turn.out(0), image=decoded.out(0)).out(0)

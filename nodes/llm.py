@@ -64,6 +64,10 @@ class LoadLLM(io.ComfyNode):
 
     @classmethod
     def execute(cls, llm_name: str, dtype: str, vokens: int) -> io.NodeOutput:
+        from transformers.utils.versions import require_version
+
+        require_version("transformers>=4.56", "Update it in ComfyUI's Python: pip install -U transformers")
+
         from ..minigpt5_core.llm import load_llm
         from ..minigpt5_core.llm_files import default_llm
         from ..minigpt5_core.weights import hash_weights

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .compat import schema
+from .preview import as_picture, previews, show_text, shown, whole_text
 from .sockets import STORY, StorySoFar
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
 
@@ -30,11 +30,13 @@ class ViewStory(io.ComfyNode):
             is_output_node=True,
             inputs=[STORY.Input("story")],
             outputs=[STORY.Output("same_story", display_name="story")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, story: StorySoFar) -> io.NodeOutput:
-        return io.NodeOutput(story, ui=_shown(story, _previews(story, cls)))
+        show_text(story, cls.hidden.unique_id)
+        return io.NodeOutput(story, ui=shown(story, previews(story)))
 
 
 class StoryParts(io.ComfyNode):
@@ -60,7 +62,7 @@ class StoryParts(io.ComfyNode):
     @classmethod
     def execute(cls, story: StorySoFar) -> io.NodeOutput:
         texts = [page.text for page in story.pages]
-        return io.NodeOutput(story, _batch(story), "\n\n".join(texts), texts)
+        return io.NodeOutput(story, _batch(story), whole_text(story), texts)
 
 
 class SaveStory(io.ComfyNode):
@@ -87,7 +89,7 @@ class SaveStory(io.ComfyNode):
                 ),
             ],
             outputs=[STORY.Output("same_story", display_name="story")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -96,32 +98,15 @@ class SaveStory(io.ComfyNode):
         from ..minigpt5_core.story import Scene, Story
 
         folder, subfolder = _new_folder(filename_prefix)
-        pictures = [_as_picture(page.picture) for page in story.pages]
+        pictures = [as_picture(page.picture) for page in story.pages]
         plain = Story(story.prompt, story.seed, tuple(Scene(page.text) for page in story.pages))
         saved = write_story(folder, plain, pictures, metadata=_metadata(cls))
         files = [
             scene.picture and {"filename": scene.picture, "subfolder": subfolder, "type": "output"}
             for scene in saved.scenes
         ]
-        return io.NodeOutput(story, ui=_shown(story, files))
-
-
-def _shown(story: StorySoFar, files: list[dict | None]) -> dict[str, Any]:
-    """What the browser gets: texts and pictures for ComfyUI's own widgets, pages for our story reader."""
-    pages = [{"text": page.text, "picture": file} for page, file in zip(story.pages, files, strict=True)]
-    return {
-        "text": ["\n\n".join(page.text for page in story.pages)],
-        "images": [file for file in files if file],
-        "minigpt5_pages": pages,
-    }
-
-
-def _previews(story: StorySoFar, node: type[io.ComfyNode]) -> list[dict | None]:
-    """A file in ComfyUI's temporary folder for every page with a picture."""
-    return [
-        None if page.picture is None else dict(ui.PreviewImage(page.picture[None], cls=node).values[0])
-        for page in story.pages
-    ]
+        show_text(story, cls.hidden.unique_id)
+        return io.NodeOutput(story, ui=shown(story, files))
 
 
 def _batch(story: StorySoFar) -> Tensor:
@@ -142,14 +127,6 @@ def _batch(story: StorySoFar) -> Tensor:
         for picture in pictures
     ]
     return torch.cat(scaled)
-
-
-def _as_picture(picture: Tensor | None) -> Image.Image | None:
-    from PIL import Image
-
-    if picture is None:
-        return None
-    return Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy())
 
 
 def _new_folder(prefix: str) -> tuple[Path, str]:

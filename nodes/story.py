@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .compat import schema
+from .preview import told_so_far
 from .sockets import STORY, Page, StorySoFar
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class StartStory(io.ComfyNode):
                 raise ValueError("The story has no opening: the text is empty. Write how it begins.")
             return io.NodeOutput(StorySoFar(text.strip()))
         story = earlier or StorySoFar(text.strip())
-        pictures = [None] if image is None else list(image[..., :3])
+        pictures = [None] if image is None else list(image[..., :3].float().cpu())
         for index, picture in enumerate(pictures):  # a batch of images is a page each, the text on the first
             story = story.with_page(Page(NEXT, text.strip() if index == 0 else "", picture))
         return io.NodeOutput(story)
@@ -79,7 +80,8 @@ class AddPicture(io.ComfyNode):
             raise ValueError(
                 "The story has no page yet. Add pictures after a Story Turn, or give them to Story."
             )
-        return io.NodeOutput(story.with_picture(image[0, ..., :3].float().cpu()))
+        illustrated = story.with_picture(image[0, ..., :3].float().cpu())
+        return io.NodeOutput(illustrated, ui=told_so_far(illustrated))
 
 
 class LoadStory(io.ComfyNode):

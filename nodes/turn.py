@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from .compat import schema
+from .preview import told_so_far
 from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class StoryTurn(io.ComfyNode):
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
         told = story.with_page(Page(request, reply.text))
-        return io.NodeOutput(told, reply.text, vokens)
+        return io.NodeOutput(told, reply.text, vokens, ui=told_so_far(told))
 
 
 def _request(story: StorySoFar, instruction: str) -> str:

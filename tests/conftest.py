@@ -1,6 +1,15 @@
-"""Real classes at toy size: a two-layer LLaMA with a byte-level tokenizer and a chat template."""
+"""Real classes at toy size: a two-layer LLaMA with a byte-level tokenizer and a chat template.
 
+And this pack loaded as ComfyUI loads it, with stand-ins (tests/comfy_stand_ins) in ComfyUI's place.
+"""
+
+import asyncio
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +22,10 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+ROOT = Path(__file__).parents[1]
+STAND_INS = Path(__file__).parent / "comfy_stand_ins"
+PACK_NAME = "/comfyui/custom_nodes/comfyui-minigpt5"  # ComfyUI names a pack's module by its path
 
 
 def make_tiny_parts(seed: int = 0, context: int = 512) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
@@ -79,3 +92,57 @@ def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     train_storybook_diffusion(recipe, folder)
     return folder
+
+
+class Pack:
+    """The pack as ComfyUI holds it: its module and its node classes by id.
+
+    Its core is a second copy beside `minigpt5_core`: compare values, never classes.
+    """
+
+    def __init__(self) -> None:
+        spec = importlib.util.spec_from_file_location(PACK_NAME, ROOT / "__init__.py")
+        self.module = importlib.util.module_from_spec(spec)
+        sys.modules[PACK_NAME] = self.module
+        spec.loader.exec_module(self.module)
+        self.nodes = {node.GET_SCHEMA().node_id: node for node in asyncio.run(self._node_list())}
+
+    async def _node_list(self) -> list[type]:
+        return await (await self.module.comfy_entrypoint()).get_node_list()
+
+    def part(self, name: str) -> ModuleType:
+        """One of its modules, such as "nodes.folders"."""
+        return importlib.import_module(f"{PACK_NAME}.{name}")
+
+    def run(self, node_id: str, hidden: dict[str, Any] | None = None, **inputs: Any) -> Any:
+        """Runs a node as ComfyUI does; widgets that are not named keep their default, as in a fresh graph."""
+        node = self.nodes[node_id]
+        schema = node.GET_SCHEMA()
+        widgets = {end.id: end.default for end in schema.inputs if hasattr(end, "default")}
+        needed = {end.id for end in schema.inputs if not end.optional}
+        given = widgets | inputs
+        assert needed <= set(given) <= {end.id for end in schema.inputs}
+        told = {name: (hidden or {}).get(name.name) for name in schema.hidden}
+        return node.PREPARE_CLASS_CLONE(told).EXECUTE_NORMALIZED(**given)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], ModuleType]]:
+    """Stands in for ComfyUI, whose folders are in tmp_path / "comfyui": host("folder_paths") is that module."""
+    monkeypatch.syspath_prepend(STAND_INS)
+    importlib.import_module("folder_paths").use(tmp_path / "comfyui")
+    yield importlib.import_module
+    gone = {PACK_NAME, *(path.stem for path in STAND_INS.iterdir())}
+    for name in [name for name in sys.modules if name.split(".")[0] in gone]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def load_pack(host: Callable[[str], ModuleType]) -> type[Pack]:
+    """Loads the pack, for a test that changes its host before."""
+    return Pack
+
+
+@pytest.fixture
+def pack(load_pack: type[Pack]) -> Pack:
+    return load_pack()

@@ -25,12 +25,12 @@ def test_a_config_survives_the_way_through_json():
 
 
 def test_an_unknown_key_is_refused_with_the_list_of_valid_ones():
-    with pytest.raises(BadInputError, match="unknown key depth. Valid keys: feed_forward, heads"):
+    with pytest.raises(BadInputError, match="unknown key 'depth'. Valid keys: feed_forward, heads"):
         MapperConfig.from_dict(VALUES | {"depth": 3})
 
 
 def test_a_missing_key_is_named():
-    with pytest.raises(BadInputError, match="missing key heads"):
+    with pytest.raises(BadInputError, match="missing key 'heads'"):
         MapperConfig.from_dict({key: value for key, value in VALUES.items() if key != "heads"})
 
 

@@ -16,6 +16,13 @@ def test_a_block_in_a_prompt_is_eight_tokens(tiny_llm):
     assert ids[first : first + 8] == tiny_llm.voken_ids
 
 
+def test_an_llm_without_a_chat_template_reads_plain_lines(tiny_llm, monkeypatch):
+    monkeypatch.setattr(tiny_llm.tokenizer, "chat_template", None)
+    end = tiny_llm.tokenizer.eos_token
+    text = chat_text(tiny_llm, [Turn("Mia.", "Mia wakes up.", picture=False), Turn("And?")])
+    assert text.endswith(f"User: Mia.{end}\nAssistant: Mia wakes up.{end}\nUser: And?{end}\nAssistant: ")
+
+
 def test_a_long_story_keeps_its_beginning_and_its_latest_scenes(tiny_llm):
     turns = [Turn(f"request {index}", "x" * 60) for index in range(8)] + [Turn("now")]
     fitted = fit_chat(tiny_llm, turns, room=40)

@@ -31,7 +31,7 @@ def test_a_recipe_is_read_from_toml_and_changed_by_hand(tmp_path):
     [
         ("ratee=1", "unknown key 'ratee'. Valid keys: inner, name, rate, widths"),
         ("inner.step=1", "unknown key 'step'. Valid keys: steps"),
-        ("rate=fast", "rate = 'fast' should be of type float"),
+        ("rate=fast", "rate is 'fast', expected float"),
         ("rate", "has no '='"),
     ],
 )

@@ -114,7 +114,7 @@ def test_a_safetensors_file_without_a_header_is_bad_input(tmp_path):
         ("minigpt5.space", "{", "minigpt5.space is not JSON"),
         ("minigpt5.space", '"sd15"', "expected an object"),
         ("minigpt5.space", '{"name": "x", "tokens": 5, "width": 13}', "width is 12, its header says 13"),
-        ("minigpt5.llm", '{"id": "x", "width": 16}', "minigpt5.llm: missing key hash"),
+        ("minigpt5.llm", '{"id": "x", "width": 16}', "minigpt5.llm: missing key 'hash'"),
         ("minigpt5.llm", '{"id": "x", "width": 17, "hash": ""}', "LLM width is 16, its header says 17"),
     ],
 )
@@ -133,7 +133,7 @@ def test_an_unknown_kind_in_the_header_lists_the_known_ones(mapper, saved):
 
 def test_an_unknown_key_in_the_config_lists_the_valid_ones(mapper, saved):
     change_header(saved, {"minigpt5.mapper": json.dumps(mapper.config.to_dict() | {"depth": 1})})
-    with pytest.raises(BadInputError, match="unknown key depth. Valid keys: "):
+    with pytest.raises(BadInputError, match="unknown key 'depth'. Valid keys: "):
         load_mapper(saved)
 
 

@@ -271,7 +271,7 @@ def code_version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return version("comfyui-minigpt5")
+        return version("minigpt5")
     except PackageNotFoundError:
         return "unknown"
 

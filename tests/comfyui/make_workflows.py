@@ -278,8 +278,10 @@ def _is_link(value: Any) -> bool:
 
 
 def _depth(graph: Graph, name: str) -> int:
+    """The node's column: behind all it needs, but loaders stand together, and saving below viewing."""
     links = [value[0] for value in graph[name]["inputs"].values() if _is_link(value)]
-    return 1 + max((_depth(graph, source) for source in links), default=-1)
+    step = graph[name]["class_type"] not in ("MiniGPT5LoadAdapter", "MiniGPT5SaveStory")
+    return max((_depth(graph, source) + step for source in links), default=0)
 
 
 def _inputs(about: dict[str, Any]):
@@ -309,8 +311,10 @@ def _widgets(node: dict[str, Any], about: dict[str, Any]) -> list[Any]:
 
 
 def _height(node: dict[str, Any], about: dict[str, Any]) -> int:
-    if node["class_type"] in ("MiniGPT5ViewStory", "MiniGPT5SaveStory", "PreviewImage", "LoadImage"):
+    if node["class_type"] in ("MiniGPT5ViewStory", "PreviewImage", "LoadImage"):
         return 520
+    if node["class_type"] == "MiniGPT5SaveStory":
+        return 320
     rows = sum(TALL if options.get("multiline") else ROW for _, _, options in _inputs(about))
     return 60 + max(rows, ROW * len(about["output"]))
 
@@ -318,13 +322,15 @@ def _height(node: dict[str, Any], about: dict[str, Any]) -> int:
 def _node(
     name: str, node: dict[str, Any], about: dict[str, Any], place: list[int], height: int
 ) -> dict[str, Any]:
-    inputs = []
+    inputs, widget_inputs = [], []  # the browser puts the inputs of widgets behind the others
     for input_name, kind, _ in _inputs(about):
         linked = _is_link(node["inputs"].get(input_name))
+        entry = {"name": input_name, "type": kind, "link": None}
         if not _has_widget(kind):
-            inputs.append({"name": input_name, "type": kind, "link": None})
+            inputs.append(entry)
         elif linked:
-            inputs.append({"name": input_name, "type": kind, "link": None, "widget": {"name": input_name}})
+            widget_inputs.append(entry | {"widget": {"name": input_name}})
+    inputs += widget_inputs
     outputs = [
         {"name": label, "type": kind, "links": []}
         for label, kind in zip(about["output_name"], about["output"], strict=True)

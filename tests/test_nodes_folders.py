@@ -1,0 +1,151 @@
+"""Where the nodes find their files, and what they say of one that is not there."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STORYBOOK = ROOT / "storybook"
+LOADERS = {
+    "MiniGPT5LoadLLM": ("LLM", "llm_name"),
+    "MiniGPT5LoadAdapter": ("loras", "adapter_name"),
+    "MiniGPT5LoadMapper": ("voken_mappers", "mapper_name"),
+    "MiniGPT5LoadDiffusers": ("diffusers", "model_name"),
+}
+
+
+@pytest.fixture
+def models(tmp_path):
+    return tmp_path / "comfyui" / "models"
+
+
+def put(file: Path, content: str = "{}") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content, encoding="utf-8")
+    return file
+
+
+def choices(pack, node_id):
+    """What the dropdown of a loader offers."""
+    wanted = LOADERS[node_id][1]
+    return next(end.options for end in pack.nodes[node_id].GET_SCHEMA().inputs if end.id == wanted)
+
+
+def test_a_fresh_comfyui_offers_the_storybook(pack):
+    assert choices(pack, "MiniGPT5LoadLLM") == ["SmolLM2-135M-Instruct"]
+    assert choices(pack, "MiniGPT5LoadAdapter") == ["storybook"]
+    assert choices(pack, "MiniGPT5LoadMapper") == ["storybook.safetensors"]
+    assert choices(pack, "MiniGPT5LoadDiffusers") == ["storybook"]
+
+
+def test_the_users_own_files_are_offered_beside_it(pack, models):
+    put(models / "LLM" / "mine" / "config.json")
+    put(models / "LLM" / "no_llm" / "readme.txt")
+    put(models / "loras" / "deep" / "mine" / "adapter_model.safetensors")
+    put(models / "loras" / "style.safetensors")  # a LoRA for pictures
+    put(models / "voken_mappers" / "mine" / "mapper.safetensors")
+    put(models / "diffusers" / "mine" / "model_index.json")
+    assert choices(pack, "MiniGPT5LoadLLM") == ["SmolLM2-135M-Instruct", "mine"]
+    assert choices(pack, "MiniGPT5LoadAdapter") == ["deep/mine", "storybook"]
+    assert choices(pack, "MiniGPT5LoadMapper") == ["mine/mapper.safetensors", "storybook.safetensors"]
+    assert choices(pack, "MiniGPT5LoadDiffusers") == ["storybook", "mine"]
+
+
+def test_the_users_folders_are_searched_before_the_packs(pack, models):
+    folders = pack.part("nodes.folders")
+    assert folders.find_adapter("storybook") == STORYBOOK / "loras" / "storybook"
+    assert folders.find_mapper("storybook.safetensors") == STORYBOOK / "voken_mappers/storybook.safetensors"
+    mine = put(models / "voken_mappers" / "storybook.safetensors")
+    assert folders.find_mapper("storybook.safetensors") == mine
+
+
+def test_folders_that_others_have_named_are_kept_and_ours_come_once(host, load_pack, models):
+    known = host("folder_paths").folder_names_and_paths
+    known["LLM"] = (["/elsewhere/LLM"], {".gguf"})
+    pack = load_pack()
+    pack.part("nodes.folders").register()
+    ours = [str(models / "LLM"), str(STORYBOOK / "LLM")]
+    assert known["LLM"] == (["/elsewhere/LLM", *ours], {".gguf", ""})
+    assert known["loras"][0] == [str(models / "loras"), str(STORYBOOK / "loras")]
+    assert ".safetensors" in known["loras"][1]
+
+
+@pytest.mark.parametrize("node", LOADERS)
+def test_a_file_that_is_not_there_is_refused_with_every_folder_that_was_searched(host, pack, node):
+    key, argument = LOADERS[node]
+    host("folder_paths").folder_names_and_paths[key][0].append("/elsewhere/files")
+    said = pack.nodes[node].validate_inputs(**{argument: "gone"})
+    assert "'gone'" in said
+    searched = host("folder_paths").get_folder_paths(key)
+    assert len(searched) >= 2
+    assert all(f"\n  {folder}\n" in said for folder in searched)
+
+
+@pytest.mark.parametrize("node", LOADERS)
+def test_what_is_there_is_no_problem(pack, node):
+    argument = LOADERS[node][1]
+    assert pack.nodes[node].validate_inputs(**{argument: choices(pack, node)[0]}) is True
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [
+        ("MiniGPT5LoadAdapter", {"llm": None, "adapter_name": "gone"}),
+        ("MiniGPT5LoadMapper", {"mapper_name": "gone"}),
+        ("MiniGPT5LoadDiffusers", {"model_name": "gone"}),
+        ("MiniGPT5LoadLLM", {"llm_name": "gone"}),
+    ],
+)
+def test_a_loader_refuses_what_was_lost_after_it_was_chosen(pack, node, inputs):
+    with pytest.raises(ValueError, match="(?s)'gone' is in none of these folders:.*Put .* into one of them"):
+        pack.run(node, **inputs)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside"])
+@pytest.mark.parametrize("node", ["MiniGPT5LoadLLM", "MiniGPT5LoadDiffusers"])
+def test_a_folders_name_leads_nowhere_else(pack, models, node, name):
+    for mark in ("config.json", "model_index.json"):
+        put(models / "outside" / mark)
+    (models / "LLM" / "a").mkdir(parents=True)
+    (models / "diffusers" / "a").mkdir(parents=True)
+    assert "none of these folders" in pack.nodes[node].validate_inputs(**{LOADERS[node][1]: name})
+
+
+@pytest.mark.parametrize("name", ["../outside", "../outside/adapter"])
+def test_an_adapters_and_a_mappers_name_lead_nowhere_else(pack, models, name):
+    for file in ("outside", "outside.safetensors", "out/adapter_model.safetensors"):
+        put(models / file)
+    (models / "loras").mkdir(exist_ok=True)
+    (models / "voken_mappers").mkdir()
+    assert "none of" in pack.nodes["MiniGPT5LoadMapper"].validate_inputs(mapper_name=name)
+    assert "none of" in pack.nodes["MiniGPT5LoadAdapter"].validate_inputs(adapter_name="../out")
+
+
+def test_a_mapper_that_was_trained_anew_has_another_fingerprint(pack, models):
+    file = put(models / "voken_mappers" / "mine.safetensors")
+    node = pack.nodes["MiniGPT5LoadMapper"]
+    first = node.fingerprint_inputs(mapper_name="mine.safetensors")
+    assert node.fingerprint_inputs(mapper_name="mine.safetensors") == first
+    later = file.stat().st_mtime + 5
+    os.utime(file, (later, later))
+    assert node.fingerprint_inputs(mapper_name="mine.safetensors") != first
+
+
+def test_an_llm_or_adapter_of_which_a_file_has_changed_has_another_fingerprint(pack, models):
+    llm = put(models / "LLM" / "mine" / "config.json")
+    adapter = put(models / "loras" / "mine" / "adapter_model.safetensors")
+
+    def prints():
+        yield pack.nodes["MiniGPT5LoadLLM"].fingerprint_inputs(llm_name="mine", dtype="auto", vokens=8)
+        # a link has no value before the graph runs
+        yield pack.nodes["MiniGPT5LoadAdapter"].fingerprint_inputs(
+            llm=None, adapter_name="mine", strength=1.0
+        )
+
+    first = list(prints())
+    assert list(prints()) == first
+    for file in (llm, adapter):
+        file.write_text(json.dumps({"longer": 1}), encoding="utf-8")
+    assert not set(prints()) & set(first)
