@@ -64,7 +64,14 @@ class StoryTurn(io.ComfyNode):
                     default="",
                     tooltip="What should happen next. Empty: the LLM decides.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=SEEDS, control_after_generate=True),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=SEEDS,
+                    control_after_generate=True,
+                    tooltip="Another seed tells the scene another way.",
+                ),
                 *sampling_inputs(),
                 io.Combo.Input(
                     "pictures",

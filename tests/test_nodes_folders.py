@@ -113,14 +113,14 @@ def test_a_folders_name_leads_nowhere_else(pack, models, node, name):
     assert "none of these folders" in pack.nodes[node].validate_inputs(**{LOADERS[node][1]: name})
 
 
-@pytest.mark.parametrize("name", ["../outside", "../outside/adapter"])
-def test_an_adapters_and_a_mappers_name_lead_nowhere_else(pack, models, name):
-    for file in ("outside", "outside.safetensors", "out/adapter_model.safetensors"):
-        put(models / file)
-    (models / "loras").mkdir(exist_ok=True)
-    (models / "voken_mappers").mkdir()
-    assert "none of" in pack.nodes["MiniGPT5LoadMapper"].validate_inputs(mapper_name=name)
-    assert "none of" in pack.nodes["MiniGPT5LoadAdapter"].validate_inputs(adapter_name="../out")
+def test_an_adapters_and_a_mappers_name_lead_nowhere_else(pack, models):
+    put(models / "outside.safetensors")
+    put(models / "outside" / "adapter_model.safetensors")
+    for folder in ("loras", "voken_mappers"):
+        (models / folder).mkdir()
+    ask = {name: pack.nodes[f"MiniGPT5Load{name}"].validate_inputs for name in ("Mapper", "Adapter")}
+    assert "none of these folders" in ask["Mapper"](mapper_name="../outside.safetensors")
+    assert "none of these folders" in ask["Adapter"](adapter_name="../outside")
 
 
 def test_a_mapper_that_was_trained_anew_has_another_fingerprint(pack, models):

@@ -230,9 +230,7 @@ def test_a_node_has_a_help_page(open_page):
         }"""
     )
     page.wait_for_timeout(800)
-    page.locator(
-        "[data-testid='info-button'], button:has(.pi-question-circle), button:has(.lucide--info)"
-    ).first.click()
+    page.get_by_test_id("info-button").click()
     page.get_by_text("Good to know").first.wait_for(timeout=20_000)
     keep(page, "help_page")
 

@@ -1,0 +1,279 @@
+"""Stories in the graph: begun, illustrated, shown, taken apart, saved and read again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+RED, GREEN = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])
+TEXT = "Mia’s “snow” & <b>ice</b>."
+
+
+def image(*colours, size=(8, 12), channels=3):
+    """An IMAGE (N, H, W, channels), each picture of one colour."""
+    batch = torch.stack([colour.expand(*size, 3) for colour in colours])
+    return torch.cat((batch, torch.full((*batch.shape[:3], channels - 3), 0.5)), -1)
+
+
+def noise(seed, size=(8, 12)):
+    """A picture whose values a PNG keeps."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (*size, 3), generator=generator).float() / 255
+
+
+@pytest.fixture
+def run(pack):
+    """Runs a node by the end of its id: run("Story", text="...") -> its outputs."""
+    return lambda name, **inputs: pack.run(f"MiniGPT5{name}", **inputs).args
+
+
+@pytest.fixture
+def story(pack):
+    """Two pages, the first with a picture."""
+    sockets = pack.part("nodes.sockets")
+    pages = (sockets.Page("Mia.", TEXT, noise(1)), sockets.Page("What happens next?", "She waits."))
+    return sockets.StorySoFar("Mia the fox wakes up.", pages, seed=7)
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "comfyui" / "output"
+
+
+def contents(story):
+    """What a story holds, to be compared."""
+    pictures = [None if page.picture is None else page.picture.clone() for page in story.pages]
+    return (
+        story.prompt,
+        story.seed,
+        [(page.request, page.text) for page in story.pages],
+        [None if picture is None else picture.tolist() for picture in pictures],
+    )
+
+
+def texts(story):
+    return [page.text for page in story.pages]
+
+
+# Story
+
+
+def test_a_text_alone_is_an_opening_still_to_be_told(run):
+    (story,) = run("Story", text=" Mia the fox.\n")
+    assert (story.prompt, story.pages) == ("Mia the fox.", ())
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_a_story_without_an_opening_is_refused(run, text):
+    with pytest.raises(ValueError, match="no opening.*Write how it begins"):
+        run("Story", text=text)
+
+
+def test_a_text_with_a_picture_is_a_page_already_told(run):
+    (story,) = run("Story", text="Mia the fox.", image=image(RED))
+    assert texts(story) == ["Mia the fox."]
+    assert torch.equal(story.pages[0].picture, RED.expand(8, 12, 3))
+
+
+def test_a_batch_of_pictures_is_a_page_each_with_the_text_on_the_first(run):
+    (story,) = run("Story", text="Mia the fox.", image=image(RED, GREEN))
+    assert texts(story) == ["Mia the fox.", ""]
+    assert torch.equal(story.pages[1].picture, GREEN.expand(8, 12, 3))
+
+
+@pytest.mark.parametrize("name", ["Story", "AddPicture"])
+def test_transparency_is_left_out(run, story, name):
+    given = {"text": "a"} if name == "Story" else {"story": story}
+    (pictured,) = run(name, image=image(RED, channels=4), **given)
+    assert torch.equal(pictured.pages[-1].picture, RED.expand(8, 12, 3))
+
+
+def test_a_text_after_an_earlier_story_is_its_next_page(run, story):
+    before = contents(story)
+    (longer,) = run("Story", text="Night falls.", earlier=story)
+    assert (longer.prompt, longer.seed) == (story.prompt, 7)
+    assert texts(longer) == [*texts(story), "Night falls."]
+    assert longer.pages[-1].picture is None
+    assert contents(story) == before
+
+
+# Add Picture
+
+
+def test_a_picture_goes_onto_the_last_page_and_the_story_before_stays_as_it_was(run, story):
+    before = contents(story)
+    (pictured,) = run("AddPicture", story=story, image=image(GREEN, RED))
+    assert torch.equal(pictured.pages[1].picture, GREEN.expand(8, 12, 3))
+    assert torch.equal(pictured.pages[0].picture, story.pages[0].picture)
+    assert texts(pictured) == texts(story)
+    assert contents(story) == before
+
+
+def test_a_half_precision_picture_becomes_float32(run, story):
+    (pictured,) = run("AddPicture", story=story, image=image(RED).half())
+    assert pictured.pages[-1].picture.dtype == torch.float32
+
+
+def test_a_picture_without_a_page_is_refused(run):
+    (opening,) = run("Story", text="Mia.")
+    with pytest.raises(ValueError, match="no page yet"):
+        run("AddPicture", story=opening, image=image(RED))
+
+
+def test_the_story_so_far_is_shown_with_the_newest_picture(pack, story, tmp_path):
+    ui = pack.run("MiniGPT5AddPicture", story=story, image=image(GREEN)).ui
+    files = [page["picture"] for page in ui["minigpt5_pages"]]
+    assert len({file["filename"] for file in files}) == 2
+    assert ui["images"] == [files[1]]
+    assert ui["text"] == [f"{TEXT}\n\nShe waits."]
+    shown = tmp_path / "comfyui" / "temp" / files[1]["filename"]
+    assert Image.open(shown).getpixel((0, 0)) == (0, 255, 0)
+
+
+# Story to Images and Text
+
+
+def test_a_storys_parts_are_its_pictures_in_one_batch_and_its_texts(run, story):
+    (whole,) = run("AddPicture", story=story, image=noise(2)[None])
+    same, images, text, text_list = run("StoryParts", story=whole)
+    assert same is whole
+    assert torch.equal(images, torch.stack([noise(1), noise(2)]))
+    assert text == f"{TEXT}\n\nShe waits."
+    assert text_list == [TEXT, "She waits."]
+
+
+def test_a_picture_of_another_size_is_scaled_to_the_first_ones(run, story):
+    (whole,) = run("AddPicture", story=story, image=image(GREEN, size=(40, 20)))
+    images = run("StoryParts", story=whole)[1]
+    assert images.shape == (2, 8, 12, 3)
+    assert torch.equal(images[0], noise(1))
+    assert torch.allclose(images[1], GREEN.expand(8, 12, 3))
+
+
+def test_a_story_without_pictures_gives_one_black_image(run, story):
+    (opening,) = run("Story", text="Mia.")
+    _, images, text, text_list = run("StoryParts", story=opening)
+    assert images.shape == (1, 64, 64, 3)
+    assert not images.any()
+    assert (text, text_list) == ("", [])
+
+
+# View Story
+
+
+def test_a_viewed_story_is_passed_on_and_shown_page_by_page(host, pack, story, tmp_path):
+    seen = pack.run("MiniGPT5ViewStory", hidden={"unique_id": "12"}, story=story)
+    assert seen.args == (story,)
+    first, second = seen.ui["minigpt5_pages"]
+    assert (first["text"], second) == (TEXT, {"text": "She waits.", "picture": None})
+    assert seen.ui["images"] == [first["picture"]]
+    file = tmp_path / "comfyui" / first["picture"]["type"] / first["picture"]["filename"]
+    assert torch.equal(torch.from_numpy(np.array(Image.open(file))) / 255, noise(1))
+
+
+def test_what_comfyuis_own_widget_shows_is_no_html(host, pack, story):
+    pack.run("MiniGPT5ViewStory", hidden={"unique_id": "12"}, story=story)
+    escaped = "Mia’s “snow” &amp; &lt;b&gt;ice&lt;/b&gt;.\n\nShe waits."
+    assert host("server").sent == [(escaped, "12", "browser")]
+
+
+def test_the_same_picture_is_written_once(pack, story, tmp_path):
+    for _ in range(2):
+        pack.run("MiniGPT5ViewStory", story=story)
+    assert len(list((tmp_path / "comfyui" / "temp").iterdir())) == 1
+
+
+# Save Story and Load Story
+
+
+def test_a_saved_story_comes_back_as_it_was(run, story, output):
+    assert run("SaveStory", story=story) == (story,)
+    (again,) = run("LoadStory", story_name="stories/story_00001_")
+    assert (again.prompt, again.seed, texts(again)) == (story.prompt, 7, texts(story))
+    assert torch.equal(again.pages[0].picture, story.pages[0].picture)
+    assert again.pages[1].picture is None
+
+
+def test_every_saved_story_gets_a_number_of_its_own(pack, story, output):
+    for _ in range(2):
+        pack.run("MiniGPT5SaveStory", story=story, filename_prefix="mine/tale")
+    (chosen,) = pack.nodes["MiniGPT5LoadStory"].GET_SCHEMA().inputs
+    assert chosen.options == ["mine/tale_00001_", "mine/tale_00002_"]
+    assert sorted(path.name for path in (output / "mine" / "tale_00002_").iterdir()) == [
+        "scene_01.png",
+        "story.html",
+        "story.json",
+        "story.md",
+        "strip.png",
+    ]
+
+
+def test_a_saved_storys_pictures_are_shown_from_where_they_lie(pack, story, output):
+    ui = pack.run("MiniGPT5SaveStory", story=story).ui
+    place = {"filename": "scene_01.png", "subfolder": "stories/story_00001_", "type": "output"}
+    assert ui["images"] == [place]
+    assert (output / place["subfolder"] / place["filename"]).is_file()
+
+
+def test_a_saved_picture_holds_the_workflow_unless_the_user_wants_none(host, pack, story, output):
+    hidden = {"prompt": {"1": {"class_type": "A"}}, "extra_pnginfo": {"workflow": {"nodes": []}}}
+    pack.run("MiniGPT5SaveStory", hidden=hidden, story=story)
+    kept = Image.open(output / "stories" / "story_00001_" / "scene_01.png").text
+    assert {name: json.loads(value) for name, value in kept.items()} == {
+        "prompt": hidden["prompt"],
+        "workflow": {"nodes": []},
+    }
+    host("comfy.cli_args").args.disable_metadata = True
+    pack.run("MiniGPT5SaveStory", hidden=hidden, story=story)
+    assert Image.open(output / "stories" / "story_00002_" / "scene_01.png").text == {}
+
+
+@pytest.mark.parametrize("prefix", ["../outside", "a/../../outside/b", "/outside/b"])
+def test_a_story_is_not_saved_outside_the_output_folder(run, story, tmp_path, prefix):
+    with pytest.raises(ValueError, match="filename_prefix is .*under the output folder"):
+        run("SaveStory", story=story, filename_prefix=prefix)
+    assert not list(tmp_path.rglob("story.json"))
+
+
+def write_story_json(folder: Path, picture=None):
+    folder.mkdir(parents=True)
+    scene = {"text": "Hello.", "picture": picture}
+    values = {"format_version": 1, "prompt": "Mia.", "seed": 1, "scenes": [scene]}
+    (folder / "story.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["../../outside", "inside/../../../outside", "", ".."])
+def test_a_story_is_not_read_outside_the_output_and_input_folders(run, pack, output, tmp_path, name):
+    write_story_json(tmp_path / "outside")
+    write_story_json(output / "inside")
+    assert "no saved story" in pack.nodes["MiniGPT5LoadStory"].validate_inputs(story_name=name)
+    with pytest.raises(ValueError, match="no saved story"):
+        run("LoadStory", story_name=name)
+    with pytest.raises(ValueError, match="no saved story"):
+        run("LoadStory", story_name=str(tmp_path / "outside"))
+
+
+def test_a_storys_pictures_are_not_read_from_elsewhere(run, output):
+    write_story_json(output / "bad", picture="../../secret.png")
+    with pytest.raises(ValueError, match="beside story.json"):
+        run("LoadStory", story_name="bad")
+
+
+def test_stories_of_the_input_folder_are_offered_too(pack, run, output, tmp_path):
+    write_story_json(tmp_path / "comfyui" / "input" / "given")
+    write_story_json(output / "a" / "b" / "c")
+    (chosen,) = pack.nodes["MiniGPT5LoadStory"].GET_SCHEMA().inputs
+    assert chosen.options == ["a/b/c", "given"]
+    assert texts(run("LoadStory", story_name="given")[0]) == ["Hello."]
+
+
+def test_a_story_that_was_changed_on_the_disk_has_another_fingerprint(pack, output):
+    write_story_json(output / "mine")
+    fingerprint = pack.nodes["MiniGPT5LoadStory"].fingerprint_inputs
+    first = fingerprint(story_name="mine")
+    assert fingerprint(story_name="mine") == first
+    (output / "mine" / "story.json").write_text("{}", encoding="utf-8")
+    assert fingerprint(story_name="mine") != first

@@ -1,0 +1,240 @@
+"""A toy LLM in the graph: loaded, adapted by patches, and telling one turn with ComfyUI's progress and Cancel."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from minigpt5_core.llm import load_adapter, load_llm
+from minigpt5_core.prompts import NEXT
+from minigpt5_core.weights import hash_weights
+
+SHORT = {"max_new_tokens": 6, "temperature": 1.0}
+
+
+class Cancelled(Exception):
+    """What ComfyUI's bar raises once the user has pressed Cancel."""
+
+
+@pytest.fixture
+def models(tmp_path, tiny_llm_folder):
+    """ComfyUI's models folder with the toy LLM in it."""
+    folder = tmp_path / "comfyui" / "models"
+    (folder / "LLM").mkdir(parents=True)
+    (folder / "LLM" / "tiny").symlink_to(tiny_llm_folder, target_is_directory=True)
+    return folder
+
+
+@pytest.fixture
+def llm(pack, models):
+    return pack.run("MiniGPT5LoadLLM", llm_name="tiny").args[0]
+
+
+@pytest.fixture
+def opening(pack):
+    return pack.part("nodes.sockets").StorySoFar("Mia the fox.")
+
+
+@pytest.fixture
+def tell(pack, llm):
+    """tell(story, seed=0, ...) -> (story, text, vokens)."""
+
+    def run(story, instruction="", llm=llm, **inputs):
+        given = {"llm": llm, "story": story, "instruction": instruction, **SHORT, **inputs}
+        return pack.run("MiniGPT5StoryTurn", **given).args
+
+    return run
+
+
+@pytest.fixture
+def prompts(pack, monkeypatch):
+    """What the LLM was asked, turn by turn: [[(request, text, whether there is a picture), ...], ...]."""
+    module, asked = pack.part("minigpt5_core.prompts"), []
+    plain = module.fit_chat
+
+    def listen(llm, turns, room):
+        asked.append([(turn.request, turn.text, turn.picture) for turn in turns])
+        return plain(llm, turns, room)
+
+    monkeypatch.setattr(module, "fit_chat", listen)
+    return asked
+
+
+# Load LLM
+
+
+def test_an_llm_is_in_comfyuis_keeping_and_knows_its_weights(llm, tiny_llm_folder):
+    assert (llm.name, llm.weights_hash) == ("tiny", hash_weights(tiny_llm_folder))
+    assert len(llm.frozen.voken_ids) == 8
+    names = {f"causal_lm.{name}" for name in llm.frozen.causal_lm.state_dict()}
+    assert set(llm.patcher.model.state_dict()) == names
+    assert not any(weight.requires_grad for weight in llm.patcher.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_an_llm_computes_on_a_cpu_in_float32_unless_asked_otherwise(pack, models, dtype, expected):
+    (llm,) = pack.run("MiniGPT5LoadLLM", llm_name="tiny", dtype=dtype, vokens=3).args
+    assert llm.frozen.causal_lm.dtype == expected
+    assert len(llm.frozen.voken_ids) == 3
+
+
+# Load Adapter
+
+
+def save_adapter(folder, llm_folder, vokens=8):
+    """As the trainer writes it, with random weights."""
+    llm = load_llm(llm_folder, vokens)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices=llm.voken_ids)
+    adapted = get_peft_model(llm.causal_lm, config)
+    torch.manual_seed(3)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def patched(patcher):
+    """The weights with every patch added, as ComfyUI computes them."""
+    weights = {name: weight.clone() for name, weight in patcher.model.state_dict().items()}
+    for name, patches in patcher.patches.items():
+        for strength, patch, _, _, _ in patches:
+            weights[name] += strength * patch.alpha / len(patch.down) * patch.up @ patch.down
+    return {name.removeprefix("causal_lm."): weight for name, weight in weights.items()}
+
+
+def test_an_adapters_patches_give_what_merging_it_gives(pack, llm, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
+    merged = load_adapter(load_llm(tiny_llm_folder), models / "loras" / "mine").causal_lm.state_dict()
+    found = patched(adapted.patcher)
+    assert found.keys() == merged.keys()
+    assert all(torch.allclose(found[name], merged[name], atol=1e-5) for name in merged)
+    plain = load_llm(tiny_llm_folder).causal_lm.state_dict()
+    assert sum(not torch.equal(plain[name], merged[name]) for name in merged) == 4  # q_proj twice, rows, head
+
+
+def test_half_an_adapter_is_half_way(pack, llm, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    whole, half = (
+        patched(
+            pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine", strength=strength).args[0].patcher
+        )
+        for strength in (1.0, 0.5)
+    )
+    plain = llm.frozen.causal_lm.state_dict()
+    assert all(torch.allclose(half[name], (plain[name] + whole[name]) / 2, atol=1e-5) for name in plain)
+
+
+def test_an_adapter_leaves_the_llm_it_is_laid_over_as_it_was(pack, llm, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    before = {name: weight.clone() for name, weight in llm.frozen.causal_lm.state_dict().items()}
+    (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
+    assert adapted.patcher is not llm.patcher
+    assert (adapted.name, adapted.weights_hash) == (llm.name, llm.weights_hash)
+    assert not llm.patcher.patches
+    after = llm.frozen.causal_lm.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapter_of_other_vokens_is_refused_by_name(pack, llm, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder, vokens=4)
+    with pytest.raises(ValueError, match=r"mine.*\(4\).*this LLM of width 32.*\(8\)"):
+        pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine")
+
+
+# Story Turn
+
+
+def test_a_turn_adds_a_page_and_gives_its_text_and_vokens(tell, opening):
+    told, text, vokens = tell(opening)
+    assert [(page.request, page.text, page.picture) for page in told.pages] == [("Mia the fox.", text, None)]
+    assert vokens.states.shape == (1, 8, 32)
+    assert vokens.states.dtype == torch.float32
+    assert vokens.llm == "tiny"
+    assert not opening.pages
+
+
+def test_the_same_seed_tells_the_same(tell, opening):
+    first, second = tell(opening, seed=5), tell(opening, seed=5)
+    assert first[1] == second[1]
+    assert torch.equal(first[2].states, second[2].states)
+
+
+def test_all_64_bits_of_a_seed_count(tell, opening):
+    seeds = (1, 2**32 + 1, 2**63 + 1, 2**64 - 1)
+    assert len({tell(opening, seed=seed)[1] for seed in seeds}) == 4
+
+
+def test_a_story_is_asked_for_by_opening_then_instruction_then_what_happens_next(tell, opening, prompts):
+    first = tell(opening, "It snows.")[0]
+    second = tell(first)[0]
+    tell(second, "Night falls.")
+    a, b = (page.text for page in second.pages)
+    told = [("Mia the fox. It snows.", a, False), (NEXT, b, False)]
+    assert prompts[0] == [("Mia the fox. It snows.", None, True)]
+    assert prompts[2] == [*told, ("Night falls.", None, True)]
+
+
+def test_a_page_of_the_users_own_is_read_with_its_picture(pack, tell, prompts):
+    image = torch.zeros(1, 4, 4, 3)
+    (story,) = pack.run("MiniGPT5Story", text="Mia waves.", image=image).args
+    tell(story)
+    assert prompts[0] == [("Mia waves.", "Mia waves.", True), (NEXT, None, True)]
+
+
+@pytest.mark.parametrize(("pictures", "count"), [("after_text", 1), ("first", 1), ("none", 0)])
+def test_a_picture_comes_as_asked(tell, opening, pictures, count):
+    assert tell(opening, pictures=pictures)[2].states.shape == (count, 8, 32)
+
+
+def test_comfyui_makes_room_for_the_llm_and_its_memory_before_a_turn(host, tell, llm, opening, prompts):
+    tell(opening, max_new_tokens=6)
+    (load,) = host("comfy.model_management").loads
+    assert load["models"] == [llm.patcher]
+    assert load["force_full_load"] is True
+    per_position = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads that hold them, head size, bytes
+    positions, left = divmod(load["memory_required"], per_position)
+    assert left == 0
+    assert positions > 6 + 8 + len("Mia the fox.")  # the reply, the vokens, and a prompt of a token a letter
+
+
+def test_an_adapted_llm_is_loaded_with_its_adapter(pack, host, tell, llm, opening, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
+    tell(opening, llm=adapted)
+    assert host("comfy.model_management").loads[-1]["models"] == [adapted.patcher]
+
+
+def test_every_token_ticks_comfyuis_bar(host, tell, opening):
+    ticks = []
+    host("comfy.utils").set_progress_bar_global_hook(
+        lambda done, total, preview, node_id: ticks.append((done, total))
+    )
+    tell(opening, max_new_tokens=6)
+    assert ticks == [(step, 14) for step in range(1, len(ticks) + 1)]  # 6 tokens and 8 vokens
+    assert len(ticks) == 7  # a block of vokens is one step
+
+
+def test_cancel_ends_a_turn_within_one_token(host, tell, opening):
+    ticks = []
+
+    def cancel(done, total, preview, node_id):
+        ticks.append(done)
+        if done == 2:
+            raise Cancelled
+
+    host("comfy.utils").set_progress_bar_global_hook(cancel)
+    with pytest.raises(Cancelled):
+        tell(opening)
+    assert ticks == [1, 2]
+    assert not opening.pages
+    host("comfy.utils").set_progress_bar_global_hook(None)
+    assert tell(opening, seed=5)[1] == tell(opening, seed=5)[1]  # and the LLM tells on as ever
+
+
+def test_an_opening_longer_than_the_llm_reads_is_refused(tell, pack):
+    long = pack.part("nodes.sockets").StorySoFar("Mia " * 200)
+    with pytest.raises(ValueError, match="Shorten the prompt"):
+        tell(long)
