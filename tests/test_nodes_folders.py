@@ -103,11 +103,22 @@ def test_a_loader_refuses_what_was_lost_after_it_was_chosen(pack, node, inputs):
         pack.run(node, **inputs)
 
 
-@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "a/../../outside",
+        "/outside",
+        pytest.param(
+            "..", marks=pytest.mark.xfail(strict=True, reason="folders._find takes '..' for a name")
+        ),
+    ],
+)
 @pytest.mark.parametrize("node", ["MiniGPT5LoadLLM", "MiniGPT5LoadDiffusers"])
 def test_a_folders_name_leads_nowhere_else(pack, models, node, name):
     for mark in ("config.json", "model_index.json"):
         put(models / "outside" / mark)
+        put(models / mark)
     (models / "LLM" / "a").mkdir(parents=True)
     (models / "diffusers" / "a").mkdir(parents=True)
     assert "none of these folders" in pack.nodes[node].validate_inputs(**{LOADERS[node][1]: name})

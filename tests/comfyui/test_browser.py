@@ -67,7 +67,9 @@ def read_workflow(name):
 
 
 def open_template(page, name):
-    page.locator(".side-bar-button:has-text('Templates'), button[aria-label*='Templates']").first.click()
+    page.wait_for_timeout(2000)
+    if not page.locator(".p-dialog-mask").count():  # a first visit opens it by itself
+        page.locator(".templates-tab-button, button[aria-label*='Templates']").first.click()
     page.get_by_text(re.compile("minigpt5", re.IGNORECASE)).first.click(timeout=60_000)
     page.get_by_text(name, exact=True).first.click(timeout=60_000)
     page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'MiniGPT5Interleaver')")
@@ -161,16 +163,17 @@ def page_of_own(server, text):
     """A workflow of a page of one's own: no LLM in it."""
     Image.new("RGB", (64, 48), "teal").save(server.base / "input" / "own.png")
     link = {"name": "story", "type": "MINIGPT5_STORY"}
+    common = {"flags": {}, "mode": 0, "order": 0, "properties": {}}
     return {
         "last_node_id": 3, "last_link_id": 2, "version": 0.4, "groups": [], "config": {}, "extra": {},
         "nodes": [
-            {"id": 1, "type": "LoadImage", "pos": [0, 0], "size": [300, 300], "widgets_values": ["own.png", "image"],
+            common | {"id": 1, "type": "LoadImage", "pos": [0, 0], "size": [300, 300], "widgets_values": ["own.png", "image"],
              "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}, {"name": "MASK", "type": "MASK"}]},
-            {"id": 2, "type": "MiniGPT5Story", "pos": [350, 0], "size": [300, 200], "widgets_values": [text],
+            common | {"id": 2, "type": "MiniGPT5Story", "pos": [350, 0], "size": [300, 200], "widgets_values": [text],
              "inputs": [{"name": "image", "type": "IMAGE", "link": 1},
                         {"name": "earlier", "type": "MINIGPT5_STORY", "link": None}],
              "outputs": [link | {"links": [2]}]},
-            {"id": 3, "type": "MiniGPT5ViewStory", "pos": [700, 0], "size": [360, 480],
+            common | {"id": 3, "type": "MiniGPT5ViewStory", "pos": [700, 0], "size": [360, 480],
              "inputs": [link | {"link": 2}], "outputs": [link]},
         ],
         "links": [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "MINIGPT5_STORY"]],
