@@ -79,8 +79,8 @@ class VokensToConditioning(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The MODEL that will draw, checked against the mapper here: without it a wrong pair shows only "
-                    "in the sampler, as a matrix size error.",
+                    tooltip="The MODEL that will draw, checked against the mapper here: without it a wrong pair shows "
+                    "only in the sampler, as a matrix size error.",
                 ),
                 io.Conditioning.Input(
                     "text",

@@ -10,7 +10,6 @@ from .compat import link, schema
 from .sockets import LLM, MAPPER, STORY
 from .turn import SEEDS, sampling_inputs
 
-
 SIZE = "In pixels: 128 for the storybook, 512 for SD 1.5, 1024 for SDXL."
 
 

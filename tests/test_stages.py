@@ -178,6 +178,14 @@ def test_what_was_trained_tells_a_story(
     assert [(s.text, s.picture.tobytes()) for s in scenes] == [(s.text, s.picture.tobytes()) for s in again]
 
 
+def test_the_number_of_tokens_is_a_setting(align_recipe, tmp_path):
+    with pytest.raises(BadInputError, match="tokens is 12, but the text encoder gives 77"):
+        train_align(replace(align_recipe, tokens=12), tmp_path / "run")
+    train_align(replace(align_recipe, tokens=12, caption_weight=0.0), tmp_path / "run")
+    mapper, header = load_mapper(tmp_path / "run" / "mapper.safetensors")
+    assert mapper(torch.zeros(1, 8, header.llm_width)).tokens.shape == (1, 12, header.space.width)
+
+
 def test_bad_folders_and_names_are_refused(align_recipe, finetune_recipe, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(BadInputError, match="lies at or below a file"):

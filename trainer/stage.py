@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from minigpt5_core.conditioning import SPACES
+from minigpt5_core.conditioning import SPACES, Space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter
 from minigpt5_core.losses import (
@@ -40,6 +40,7 @@ class StageRecipe:
     """Settings both stages know. Loss weights are the published ones; rates are our own.
 
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
+    `tokens` is how many the mapper answers with; caption alignment needs the text encoder's own number.
     `image_from` is the share of the steps after which the diffusion loss joins in.
     """
 
@@ -48,6 +49,7 @@ class StageRecipe:
     space: str = "storybook"
     mapper: str = "compact"
     vokens: int = 8
+    tokens: int = 77
     steps: int = 500
     batch: int = 16
     mapper_rate: float = 1e-3
@@ -68,7 +70,7 @@ class StageRecipe:
     def __post_init__(self) -> None:
         if self.caption_target not in ("standardised", "raw"):
             raise BadInputError(f"caption_target is {self.caption_target!r}; it can be standardised or raw.")
-        for name in ("steps", "batch", "vokens", "preview_every", "save_every"):
+        for name in ("steps", "batch", "vokens", "tokens", "preview_every", "save_every"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
@@ -109,11 +111,21 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
     configs = {"compact": compact_config, "reference": reference_config}
     if recipe.mapper not in configs:
         raise BadInputError(f"Unknown mapper {recipe.mapper!r}. Known: {', '.join(configs)}.")
-    mapper = build_mapper(configs[recipe.mapper](SPACES[recipe.space], llm.width, recipe.vokens))
-    if isinstance(mapper, CompactMapper):
+    mapper = build_mapper(configs[recipe.mapper](recipe_space(recipe), llm.width, recipe.vokens))
+    if recipe.tokens != len(targets.mean) and recipe.caption_weight:
+        raise BadInputError(
+            f"tokens is {recipe.tokens}, but the text encoder gives {len(targets.mean)}: caption alignment compares "
+            "them one by one. Set caption_weight=0, or leave tokens as it is."
+        )
+    if isinstance(mapper, CompactMapper) and recipe.tokens == len(targets.mean):
         mapper.target_mean.copy_(targets.mean)
         mapper.target_std.copy_(targets.deviation)
     return mapper
+
+
+def recipe_space(recipe: StageRecipe) -> Space:
+    """The space the recipe names, with its own number of tokens."""
+    return replace(SPACES[recipe.space], tokens=recipe.tokens)
 
 
 def has_lora(adapter: Path) -> bool:
@@ -139,14 +151,14 @@ def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftM
 
 
 def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
-    """An earlier run's mapper; BadInputError when it is for another space, LLM width or number of vokens."""
+    """An earlier run's mapper; BadInputError when it is for another space, LLM width or number of vokens or tokens."""
     mapper, header = load_mapper(start / "mapper.safetensors")
-    found = (header.space.name, header.llm_width, mapper.config.vokens)
-    expected = (recipe.space, llm.width, recipe.vokens)
+    found = (header.space.name, header.llm_width, mapper.config.vokens, mapper.config.tokens)
+    expected = (recipe.space, llm.width, recipe.vokens, recipe.tokens)
     if found != expected:
         raise BadInputError(
-            f"--from {start}: its mapper is for space, LLM width and vokens {found}; the recipe says {expected}. "
-            "Give a run of the same settings."
+            f"--from {start}: its mapper is for space, LLM width, vokens and tokens {found}; the recipe says "
+            f"{expected}. Give a run of the same settings."
         )
     return mapper.train()
 
@@ -177,7 +189,9 @@ class PictureLosses:
         answer = self.mapper(states).tokens
         texts = ["" if gone else text for text, gone in zip(captions, dropped.tolist(), strict=True)]
         scale = self.targets.deviation if self.recipe.caption_target == "standardised" else None
-        losses = {"caption": caption_loss(answer, self.targets.encode(texts), scale)}
+        losses = {}
+        if answer.shape[1] == len(self.targets.mean):
+            losses["caption"] = caption_loss(answer, self.targets.encode(texts), scale)
         if latents is not None:
             losses["image"] = self._image(answer, latents, generator)
         return losses
@@ -238,7 +252,7 @@ class Run:
             **notes,
         }
         header = MapperHeader(
-            SPACES[self.recipe.space],
+            recipe_space(self.recipe),
             llm_folder.name,
             mapper.config.llm_width,
             hash_weights(llm_folder),

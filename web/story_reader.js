@@ -46,7 +46,6 @@ function addReader(node) {
     getMinHeight: () => 200,
   });
   widget.serialize = false; // saved workflows hold the node's inputs, nothing of ours
-  node.onDrawBackground = () => {}; // the reader shows the pictures, so ComfyUI's preview need not
   const [width, height] = node.size;
   node.setSize([Math.max(width, 360), Math.max(height, 480)]);
 }
@@ -58,9 +57,12 @@ app.registerExtension({
     if (!nodeData.name?.startsWith("MiniGPT5")) return;
     const onExecuted = nodeType.prototype.onExecuted;
     nodeType.prototype.onExecuted = function (output) {
+      if (this.storyReader) {
+        delete output?.images; // the reader shows them, so ComfyUI's preview need not
+        removeWidget(this, TEXT_WIDGET);
+      }
       onExecuted?.call(this, output);
       if (output?.minigpt5_pages) show(this, output.minigpt5_pages);
-      if (this.storyReader) removeWidget(this, TEXT_WIDGET);
     };
   },
 

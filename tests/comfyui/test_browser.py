@@ -145,6 +145,7 @@ def test_light_and_dark_follow_the_palette(open_page, server):
     load(page, page_of_own(server, "A light page."))
     run(page)
     page.locator(".minigpt5-picture").first.wait_for(timeout=60_000)
+    assert not page.evaluate("window.app.graph.getNodeById(3).imgs?.length")  # ComfyUI's preview is not beside ours
     backgrounds = {}
     for palette in ("dark", "light"):
         page.evaluate("name => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
@@ -167,7 +168,8 @@ def page_of_own(server, text):
     return {
         "last_node_id": 3, "last_link_id": 2, "version": 0.4, "groups": [], "config": {}, "extra": {},
         "nodes": [
-            common | {"id": 1, "type": "LoadImage", "pos": [0, 0], "size": [300, 300], "widgets_values": ["own.png", "image"],
+            common | {"id": 1, "type": "LoadImage", "pos": [0, 0], "size": [300, 300],
+             "widgets_values": ["own.png", "image"],
              "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}, {"name": "MASK", "type": "MASK"}]},
             common | {"id": 2, "type": "MiniGPT5Story", "pos": [350, 0], "size": [300, 200], "widgets_values": [text],
              "inputs": [{"name": "image", "type": "IMAGE", "link": 1},
