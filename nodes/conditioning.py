@@ -12,6 +12,8 @@ from .compat import schema
 from .sockets import MAPPER, VOKENS, LoadedMapper, Vokens
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..minigpt5_core.conditioning import Conditioning, Space
 
 log = logging.getLogger("minigpt5")
@@ -212,7 +214,10 @@ def _as_comfy(conditioning: Conditioning) -> list:
 
 
 def _blend(conditioning: Conditioning, text: list, strength: float, mapper: LoadedMapper) -> list:
-    """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros."""
+    """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros.
+
+    At 0 and 1 it is the one side as it came: a sampler would attend to the zeros too.
+    """
     import torch
 
     blended = []
@@ -222,14 +227,23 @@ def _blend(conditioning: Conditioning, text: list, strength: float, mapper: Load
                 f"The text conditioning is {tokens.shape[-1]} wide, the mapper {mapper.name} answers in "
                 f"{mapper.header.space}. Encode the text with the CLIP of the model that the mapper was trained for."
             )
-        longest = max(tokens.shape[1], conditioning.tokens.shape[1])
-        ours, theirs = (
-            torch.nn.functional.pad(side.float(), (0, 0, 0, longest - side.shape[1]))
-            for side in (conditioning.tokens, tokens)
-        )
         mixed = dict(extra)
         pooled = extra.get("pooled_output")
-        if conditioning.pooled is not None and pooled is not None:
-            mixed["pooled_output"] = torch.lerp(conditioning.pooled, pooled.float(), strength)
-        blended.append([torch.lerp(ours.expand(len(theirs), -1, -1), theirs, strength), mixed])
+        if conditioning.pooled is not None:
+            pooled = conditioning.pooled if pooled is None else pooled.float()
+            mixed["pooled_output"] = torch.lerp(conditioning.pooled, pooled, strength)
+        blended.append([_mix(conditioning.tokens, tokens.float(), strength), mixed])
     return blended
+
+
+def _mix(ours: Tensor, theirs: Tensor, strength: float) -> Tensor:
+    """(1, T, C) and (B, T', C) -> (B, longer of T and T', C)."""
+    import torch
+
+    if strength in (0.0, 1.0):
+        return theirs if strength else ours.expand(len(theirs), -1, -1)
+    longest = max(ours.shape[1], theirs.shape[1])
+    ours, theirs = (
+        torch.nn.functional.pad(side, (0, 0, 0, longest - side.shape[1])) for side in (ours, theirs)
+    )
+    return torch.lerp(ours.expand(len(theirs), -1, -1), theirs, strength)

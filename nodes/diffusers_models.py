@@ -16,6 +16,8 @@ from . import folders
 from .compat import schema
 
 VAE_WIDTH = 64  # of the AutoencoderTiny that ComfyUI builds
+# What ComfyUI's UNet computes without being asked.
+UNET_HABITS = {"norm_num_groups": 32, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
 CLIP_TABLE = 49408  # rows of the token table that ComfyUI's CLIP builds
 
 
@@ -129,10 +131,15 @@ def _model(folder: Path) -> Any:
     _refuse(
         folder / "unet",
         config,
-        {"_class_name": "UNet2DConditionModel", "mid_block_type": "UNetMidBlock2DCrossAttn"},
+        {"_class_name": "UNet2DConditionModel", "mid_block_type": "UNetMidBlock2DCrossAttn", **UNET_HABITS},
     )
+    if isinstance(config["attention_head_dim"], list):
+        raise ValueError(
+            f"{folder / 'unet'}: attention_head_dim differs from level to level; one number is known here."
+        )
     described = unet_config(config)
     scheduler = _config(folder / "scheduler", "scheduler_config.json")
+    _refuse(folder / "scheduler", scheduler, {"beta_schedule": "scaled_linear"})
     autoencoder = _config(folder / "vae")
 
     class Latents(comfy.latent_formats.SD15):

@@ -119,6 +119,6 @@ def _find(key: str, name: str, mark: str) -> Path | None:
     for root in folder_paths.get_folder_paths(key):
         folder = Path(root) / name
         # a name is a folder's own, never a way out of it
-        if Path(name).name == name and (folder / mark).is_file():
+        if Path(name).name == name != ".." and (folder / mark).is_file():
             return folder
     return None

@@ -138,6 +138,10 @@ def _new_folder(prefix: str) -> tuple[Path, str]:
         raise ValueError(
             f"filename_prefix is {prefix!r}: {error} Give a name under the output folder."
         ) from error
+    if not name.strip("."):
+        raise ValueError(
+            f"filename_prefix is {prefix!r}: give the story's folder a name, such as stories/story."
+        )
     folder = f"{name}_{counter:05}_"
     return Path(parent) / folder, (Path(subfolder) / folder).as_posix()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,14 @@ class StartStory(io.ComfyNode):
     def execute(
         cls, text: str, image: Tensor | None = None, earlier: StorySoFar | None = None
     ) -> io.NodeOutput:
+        if not text.strip() and image is None:
+            raise ValueError(
+                "The story has no opening: the text is empty. Write how it begins, or what this page says."
+            )
         if earlier is None and image is None:
-            if not text.strip():
-                raise ValueError("The story has no opening: the text is empty. Write how it begins.")
             return io.NodeOutput(StorySoFar(text.strip()))
         story = earlier or StorySoFar(text.strip())
-        pictures = [None] if image is None else list(image[..., :3].float().cpu())
+        pictures = [None] if image is None or not len(image) else list(_rgb(image))
         for index, picture in enumerate(pictures):  # a batch of images is a page each, the text on the first
             story = story.with_page(Page(NEXT, text.strip() if index == 0 else "", picture))
         return io.NodeOutput(story)
@@ -80,7 +83,7 @@ class AddPicture(io.ComfyNode):
             raise ValueError(
                 "The story has no page yet. Add pictures after a Story Turn, or give them to Story."
             )
-        illustrated = story.with_picture(image[0, ..., :3].float().cpu())
+        illustrated = story.with_picture(_rgb(image)[0])
         return io.NodeOutput(illustrated, ui=told_so_far(illustrated))
 
 
@@ -148,8 +151,8 @@ def saved_stories() -> list[str]:
 
 def _find_story(name: str) -> Path | None:
     for root in _roots():
-        folder = (root / name).resolve()
-        if folder.is_relative_to(root.resolve()) and (folder / "story.json").is_file():
+        folder = Path(os.path.normpath(root / name))  # links inside may lead anywhere, a name may not
+        if folder.is_relative_to(os.path.normpath(root)) and os.path.isfile(folder / "story.json"):
             return folder
     return None
 
@@ -157,6 +160,12 @@ def _find_story(name: str) -> Path | None:
 def _no_story(name: str) -> str:
     searched = " or ".join(str(root) for root in _roots())
     return f"There is no saved story {name!r} in {searched}. Save one with Save Story, or choose another."
+
+
+def _rgb(image: Tensor) -> Tensor:
+    """An IMAGE (B, H, W, 1, 3 or 4) as (B, H, W, 3) in float32, where it can be kept and saved."""
+    image = image[..., :3].float().cpu()
+    return image.expand(*image.shape[:-1], 3)
 
 
 def _as_tensor(picture: Any) -> Tensor:

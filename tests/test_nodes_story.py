@@ -100,7 +100,6 @@ def test_a_text_after_an_earlier_story_is_its_next_page(run, story):
     assert contents(story) == before
 
 
-@pytest.mark.xfail(strict=True, reason="a picture of one channel is kept as it is, and cannot be shown")
 def test_a_grey_picture_is_kept_in_three_channels(pack, run):
     (pictured,) = run("Story", text="a", image=image(RED)[..., 1:2])
     assert pictured.pages[0].picture.shape == (8, 12, 3)
@@ -277,7 +276,6 @@ def test_stories_of_the_input_folder_are_offered_too(pack, run, output, tmp_path
     assert texts(run("LoadStory", story_name="given")[0]) == ["Hello."]
 
 
-@pytest.mark.xfail(strict=True, reason="_find_story resolves links, saved_stories and Save Story follow them")
 def test_a_story_in_a_linked_folder_is_offered_and_read(pack, run, story, output, tmp_path):
     (tmp_path / "disk").mkdir()
     output.mkdir(parents=True)

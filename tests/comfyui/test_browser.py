@@ -145,7 +145,9 @@ def test_light_and_dark_follow_the_palette(open_page, server):
     load(page, page_of_own(server, "A light page."))
     run(page)
     page.locator(".minigpt5-picture").first.wait_for(timeout=60_000)
-    assert not page.evaluate("window.app.graph.getNodeById(3).imgs?.length")  # ComfyUI's preview is not beside ours
+    assert not page.evaluate(
+        "window.app.graph.getNodeById(3).imgs?.length"
+    )  # ComfyUI's preview is not beside ours
     backgrounds = {}
     for palette in ("dark", "light"):
         page.evaluate("name => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)

@@ -1,0 +1,5 @@
+"""What ComfyUI's command line has set."""
+
+from types import SimpleNamespace
+
+args = SimpleNamespace(disable_metadata=False)

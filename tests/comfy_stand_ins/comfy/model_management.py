@@ -1,0 +1,29 @@
+"""Where models are computed: here always on the CPU. Notes what is loaded."""
+
+from typing import Any
+
+import torch
+
+loads: list[dict[str, Any]] = []
+
+
+def load_models_gpu(
+    models: list[Any],
+    memory_required: int = 0,
+    force_patch_weights: bool = False,
+    minimum_memory_required: int | None = None,
+    force_full_load: bool = False,
+) -> None:
+    loads.append({"models": models, "memory_required": memory_required, "force_full_load": force_full_load})
+
+
+def text_encoder_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def text_encoder_offload_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def text_encoder_dtype(device: torch.device | None = None) -> torch.dtype:
+    return torch.float16
