@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ["en", "zh"]
-PROPER_NAMES = {"LLM", "VAE", "CFG", "Top-p", "Top-k", "Latent", "CLIP", "voken", "cfg", "vae"}
+PROPER_NAMES = {"LLM", "VAE", "CFG", "Top-p", "Top-k", "Latent", "CLIP", "voken"}
 NODES = sorted(
     name
     for file in (ROOT / "nodes").glob("*.py")
@@ -35,6 +35,14 @@ def test_the_help_page_names_every_input_and_output(node):
     shown = [re.findall(r"^- \*\*(.+?)\*\* \(", part, re.MULTILINE) for part in (inputs, outputs)]
     assert shown[0] == [about["name"] for about in texts["inputs"].values()]
     assert shown[1] == [about["name"] for about in texts["outputs"].values()]
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_the_locale_has_the_inputs_and_outputs_that_the_node_has(node):
+    pinned = json.loads((ROOT / "tests" / "node_inputs.json").read_text(encoding="utf-8"))[node]
+    texts = locale("en")[node]
+    assert sorted(texts["inputs"]) == sorted(entry.split()[0] for entry in pinned["inputs"])
+    assert list(texts["outputs"]) == [str(index) for index in range(len(pinned["outputs"]))]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
