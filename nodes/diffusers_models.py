@@ -18,6 +18,7 @@ from .compat import schema
 VAE_WIDTH = 64  # of the AutoencoderTiny that ComfyUI builds
 # What ComfyUI's UNet computes without being asked.
 UNET_HABITS = {"norm_num_groups": 32, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CLIP_TABLE = 49408  # rows of the token table that ComfyUI's CLIP builds
 
 
@@ -41,6 +42,7 @@ class LoadDiffusers(io.ComfyNode):
                     options=folders.diffusers_names(),
                     default=folders.STORYBOOK_DIFFUSERS,
                     display_name="model",
+                    tooltip="The storybook's, which comes with the pack, or a folder in models/diffusers.",
                 )
             ],
             outputs=[
@@ -57,7 +59,7 @@ class LoadDiffusers(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str) -> str:
         folder = folders.find_diffusers(model_name)
-        return "".join(folders.fingerprint(folder / part) for part in ("unet", "vae", "text_encoder"))
+        return "".join(folders.fingerprint(folder / part) for part in PARTS)
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
@@ -238,6 +240,10 @@ def _clip_weights(folder: Path) -> dict[str, Any]:
         if "position_ids" not in name
     }
     table = "text_model.embeddings.token_embedding.weight"
+    if len(weights[table]) > CLIP_TABLE:
+        raise ValueError(
+            f"{folder} has {len(weights[table])} tokens; ComfyUI's CLIP holds {CLIP_TABLE} at most."
+        )
     weights[table] = torch.nn.functional.pad(weights[table], (0, 0, 0, CLIP_TABLE - len(weights[table])))
     weights["text_projection.weight"] = torch.eye(weights[table].shape[1])  # not used by Stable Diffusion
     return weights
@@ -273,6 +279,10 @@ def widen(weights: dict[str, Any], latent_channels: int) -> dict[str, Any]:
             size if size in ends and _is_end(side, layer, axis) else VAE_WIDTH
             for axis, size in enumerate(weight.shape[:2])
         ]
+        if any(size > wanted for size, wanted in zip(weight.shape[:2], target, strict=True)):
+            raise ValueError(
+                f"This AutoencoderTiny is wider ({max(weight.shape[:2])}) than ComfyUI's ({VAE_WIDTH})."
+            )
         padding = [0, 0, 0, 0] if weight.ndim == 4 else []
         for size, wanted in reversed(list(zip(weight.shape[:2], target, strict=True))):
             padding += [0, wanted - size]

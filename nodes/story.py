@@ -73,7 +73,7 @@ class AddPicture(io.ComfyNode):
             display_name="Add Picture to Story (MiniGPT-5)",
             category="MiniGPT-5",
             description="Puts a picture onto the story's last page, so that the next turn goes on from it.",
-            inputs=[STORY.Input("story"), io.Image.Input("image")],
+            inputs=[STORY.Input("story"), io.Image.Input("image", tooltip="Of a batch, the first.")],
             outputs=[STORY.Output("illustrated", display_name="story")],
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..minigpt5_core.prompts import Turn
+
+log = logging.getLogger("minigpt5")
 
 PICTURES = ["after_text", "when_asked", "first", "none"]
 SEEDS = 0xFFFFFFFFFFFFFFFF
@@ -40,7 +44,9 @@ def sampling_inputs() -> list[io.Input]:
             step=0.05,
             tooltip="Above 1, words that were said become less likely.",
         ),
-        io.Int.Input("max_new_tokens", default=60, min=1, max=4096, tooltip="The longest a turn may be."),
+        io.Int.Input(
+            "max_new_tokens", default=60, min=1, max=4096, tooltip="The longest a turn may be, in tokens."
+        ),
     ]
 
 
@@ -56,8 +62,8 @@ class StoryTurn(io.ComfyNode):
             description="The LLM tells the next scene. Its text, and the vokens of its picture, come out.",
             search_aliases=["generate text", "chat", "LLM", "next scene"],
             inputs=[
-                LLM.Input("llm", display_name="LLM"),
-                STORY.Input("story"),
+                LLM.Input("llm", display_name="LLM", tooltip="From Load LLM, with Load Adapter behind it."),
+                STORY.Input("story", tooltip="The story so far."),
                 io.String.Input(
                     "instruction",
                     multiline=True,
@@ -80,6 +86,14 @@ class StoryTurn(io.ComfyNode):
                     tooltip="after_text: text, then always a picture. when_asked: the LLM decides. first: the picture "
                     "before any text, as published. none: text only.",
                 ),
+                io.Int.Input(
+                    "max_pictures",
+                    optional=True,
+                    default=1,
+                    min=1,
+                    max=8,
+                    tooltip="How many pictures one turn may ask for; Vokens to Conditioning takes them one by one.",
+                ),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),
@@ -101,6 +115,7 @@ class StoryTurn(io.ComfyNode):
         repetition_penalty: float,
         max_new_tokens: int,
         pictures: str,
+        max_pictures: int = 1,
     ) -> io.NodeOutput:
         import comfy.model_management as management
         import torch
@@ -108,17 +123,24 @@ class StoryTurn(io.ComfyNode):
         from ..minigpt5_core.generate import Sampling, generate
         from ..minigpt5_core.prompts import fit_chat
 
-        sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, pictures)
+        sampling = Sampling(
+            temperature, top_p, top_k, repetition_penalty, max_new_tokens, pictures, max_pictures=max_pictures
+        )
         frozen = llm.frozen
         request = _request(story, instruction)
-        room = max_new_tokens + len(frozen.voken_ids)
+        room = max_new_tokens + max_pictures * len(frozen.voken_ids)
         fitted = fit_chat(frozen, [*_turns(story), _open_turn(request)], room)
+        if fitted.dropped:
+            left_out = ", ".join(str(page + 1) for page in fitted.dropped)
+            log.warning(
+                "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
+            )
         memory = _cache_bytes(llm, len(fitted.prompt.ids) + room)
         management.load_models_gpu([llm.patcher], memory_required=memory, force_full_load=True)
         with torch.no_grad():
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
-        told = story.with_page(Page(request, reply.text))
+        told = (story if story.pages else replace(story, seed=seed)).with_page(Page(request, reply.text))
         return io.NodeOutput(told, reply.text, vokens, ui=told_so_far(told))
 
 

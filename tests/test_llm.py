@@ -114,7 +114,10 @@ def test_a_broken_adapter_configuration_is_bad_input(tiny_llm_folder, tmp_path, 
 @pytest.mark.parametrize("config", [tokens_config, lora_config])
 def test_an_adapter_for_other_voken_rows_is_refused(tiny_llm_folder, tmp_path, config):
     adapter = save_adapter(tiny_llm_folder, tmp_path, config, vokens=4)
-    with pytest.raises(BadInputError, match=r"\(4\), but the vokens of this LLM of width 32 .*\(8\).*--llm"):
+    with pytest.raises(
+        BadInputError,
+        match=r"\(4\), but the vokens of this LLM of width 32 .*\(8\).*Give the LLM it was trained for",
+    ):
         load_adapter(load_llm(tiny_llm_folder), adapter)
 
 
@@ -129,7 +132,9 @@ def test_an_adapter_for_another_width_is_refused(tiny_llm_folder, tmp_path):
     tokenizer = load_llm(tiny_llm_folder).tokenizer
     config = json.loads((tiny_llm_folder / "config.json").read_text()) | {"hidden_size": 64, "head_dim": 16}
     wide = add_vokens(tokenizer, LlamaForCausalLM(LlamaConfig(**config)), 8)
-    with pytest.raises(BadInputError, match="does not fit an LLM of width 64.*--llm"):
+    with pytest.raises(
+        BadInputError, match="does not fit an LLM of width 64.*Give the LLM it was trained for"
+    ):
         load_adapter(wide, adapter)
 
 
@@ -139,7 +144,10 @@ def test_a_tensor_the_adapter_lacks_is_named(tiny_llm_folder, tmp_path):
     lost = next(name for name in sorted(weights) if "lora_B" in name)
     del weights[lost]
     save_file(weights, adapter / ADAPTER_WEIGHTS)
-    with pytest.raises(BadInputError, match=f"width 32: 1 tensors differ; the file lacks {lost}.*--llm"):
+    with pytest.raises(
+        BadInputError,
+        match=f"width 32: 1 tensors differ; the file lacks {lost}.*Give the LLM it was trained for",
+    ):
         load_adapter(load_llm(tiny_llm_folder), adapter)
 
 

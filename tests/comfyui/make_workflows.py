@@ -50,7 +50,7 @@ def storybook(builder: Builder):
 def turn(builder: Builder, llm, story: Link, instruction: str, seed: int, title: str):
     return builder.add(
         "MiniGPT5StoryTurn", title, llm=llm(), story=story, instruction=instruction, seed=seed, **SAMPLING,
-        pictures="after_text",
+        pictures="after_text", max_pictures=1,
     )  # fmt: skip
 
 

@@ -221,7 +221,9 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
                 save_pipeline(pipeline, average, out)
                 (out / "text_encoder_is_final").touch()
             rows = draw.choices(range(len(data.latents)), k=recipe.batch)
-            conditioning = blur(encode_texts(pipeline, data.texts(rows, recipe, draw)), recipe.conditioning_noise)
+            conditioning = blur(
+                encode_texts(pipeline, data.texts(rows, recipe, draw)), recipe.conditioning_noise
+            )
             weights = 1 + (recipe.figure_weight - 1) * data.figures[rows]
             loss = noise_loss(
                 unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe.min_snr_gamma
