@@ -1,6 +1,8 @@
 """The nodes on a real ComfyUI server: stories, what is kept and what runs again, cancel, memory, bad input."""
 
 import json
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -67,6 +69,24 @@ def test_only_what_an_edit_touches_runs_again(server, graph):
     assert run(scenes=4, instructions="\n\nGive Mia a red balloon.") == [3, 4]
     assert run(scenes=2, instructions="\n\nGive Mia a red balloon.") == []
     assert run(scenes=2, instructions="Mia finds a key.") == [1, 2]
+
+
+def test_a_model_file_that_was_replaced_is_read_again(server, graph):
+    folder = server.base / "models" / "voken_mappers"
+    folder.mkdir(parents=True, exist_ok=True)
+    shipped = Path(__file__).parents[2] / "storybook" / "voken_mappers" / "storybook.safetensors"
+    shutil.copyfile(shipped, folder / "mine.safetensors")
+    prompt = graph(scenes=1, seed=23)
+    prompt["mapper"]["inputs"]["mapper_name"] = "mine.safetensors"
+    assert "mapper" in server.run(prompt).ran
+    assert server.run(prompt).ran == []
+    shutil.copyfile(shipped, folder / "new.safetensors")
+    os.replace(folder / "new.safetensors", folder / "mine.safetensors")
+    again = server.run(prompt).ran
+    assert "mapper" in again and "llm" not in again
+    assert any(node.endswith("_sampler") for node in again) and not any(
+        node.endswith("_turn") for node in again
+    )
 
 
 def test_an_instruction_and_the_opening_change_the_story(server, graph):
