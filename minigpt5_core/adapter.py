@@ -132,7 +132,8 @@ def _check_tensors(
 def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of all tensors that an adapter of this configuration holds for this LLM."""
     embedding = causal_lm.get_input_embeddings()
-    count = len(config.get("token_indices") or config["trainable_token_indices"])
+    indices = config.get("token_indices") or config["trainable_token_indices"]
+    count = len(next(iter(indices.values())) if isinstance(indices, dict) else indices)
     inside = ".token_adapter" if config["peft_type"] == "LORA" else ""
     yield (
         f"{PREFIX}{_name_of(causal_lm, embedding)}{inside}.{ROWS}",

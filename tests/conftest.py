@@ -28,7 +28,9 @@ STAND_INS = Path(__file__).parent / "comfy_stand_ins"
 PACK_NAME = "/comfyui/custom_nodes/comfyui-minigpt5"  # ComfyUI names a pack's module by its path
 
 
-def make_tiny_parts(seed: int = 0, context: int = 512) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+def make_tiny_parts(
+    seed: int = 0, context: int = 512, tied: bool = True
+) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
     """A LLaMA 32 wide with random weights large enough that its choices differ from token to token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
@@ -51,7 +53,7 @@ def make_tiny_parts(seed: int = 0, context: int = 512) -> tuple[PreTrainedTokeni
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=context,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.3,
         eos_token_id=fast.eos_token_id,
         bos_token_id=None,
@@ -71,6 +73,15 @@ def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("llm") / "tiny"
     for part in make_tiny_parts():
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untied_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an output head of its own."""
+    folder = tmp_path_factory.mktemp("llm") / "untied"
+    for part in make_tiny_parts(tied=False):
         part.save_pretrained(folder)
     return folder
 

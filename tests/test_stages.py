@@ -101,16 +101,33 @@ def test_finetune_moves_every_trained_parameter_and_no_frozen_one(
         )
 
 
-def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tmp_path, tiny_llm_folder):
-    llm, _ = train_finetune(finetune_recipe, tmp_path / "run")
+@pytest.mark.parametrize("head", ["tiny", "untied"])
+def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tmp_path, request, head):
+    folder = request.getfixturevalue(f"{head}_llm_folder")
+    llm, _ = train_finetune(replace(finetune_recipe, llm=str(folder)), tmp_path / "run")
     llm.causal_lm.eval()
-    again = load_adapter(load_llm(tiny_llm_folder), tmp_path / "run" / "adapter")
+    again = load_adapter(load_llm(folder), tmp_path / "run" / "adapter")
     ids = torch.tensor([[1, 2, 3, *llm.voken_ids]])
     with torch.no_grad():
         states = [one.decoder(inputs_embeds=one.embed(ids)).last_hidden_state for one in (llm, again)]
         logits = [one.logits(hidden) for one, hidden in zip((llm, again), states, strict=True)]
     assert torch.allclose(states[0], states[1], atol=1e-5)
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_an_output_head_of_its_own_learns_its_rows_too(
+    stage, align_recipe, finetune_recipe, tmp_path, untied_llm_folder
+):
+    recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
+    run(replace(recipe, llm=str(untied_llm_folder)), tmp_path / "run")
+    plain, trained = load_llm(untied_llm_folder), load_llm(untied_llm_folder)
+    load_adapter(trained, tmp_path / "run" / "adapter")
+    before, after = (llm.causal_lm.get_output_embeddings().weight for llm in (plain, trained))
+    first, last = plain.voken_ids[0], plain.voken_ids[-1]
+    assert not torch.equal(before[first], after[first])
+    assert torch.equal(before[:first], after[:first])
+    assert torch.equal(before[last + 1 :], after[last + 1 :])
 
 
 def test_align_on_stories_goes_on_from_finetune_and_leaves_its_lora(finetune_recipe, align_recipe, tmp_path):

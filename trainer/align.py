@@ -35,6 +35,7 @@ from .stage import (
     optimise,
     step_generator,
     train,
+    voken_tables,
 )
 from .storybook.autoencoder import to_tensor
 from .storybook.diffusion import PREVIEW
@@ -71,7 +72,7 @@ def caption_states(count: int, seed: int) -> dict[str, State]:
 def with_voken_rows(llm: FrozenLLM) -> PeftModel:
     """Makes the voken rows trainable, in PEFT's layout, and nothing else; the LLM itself is changed in place."""
     return get_peft_model(
-        llm.causal_lm, TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=["embed_tokens"])
+        llm.causal_lm, TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=voken_tables(llm))
     )
 
 

@@ -37,6 +37,7 @@ from .stage import (
     optimise,
     step_generator,
     train,
+    voken_tables,
 )
 from .storybook.stories import TrueScene, stories
 
@@ -84,6 +85,7 @@ def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
 
 def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     """Adds LoRA and trainable voken rows; the LLM itself is changed in place and stays frozen."""
+    tables = voken_tables(llm)
     return get_peft_model(
         llm.causal_lm,
         LoraConfig(
@@ -91,7 +93,9 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
             target_modules=list(recipe.lora_targets),
-            trainable_token_indices=llm.voken_ids,
+            trainable_token_indices=dict.fromkeys(tables, llm.voken_ids)
+            if len(tables) > 1
+            else llm.voken_ids,
         ),
     )
 

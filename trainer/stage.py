@@ -128,6 +128,14 @@ def recipe_space(recipe: StageRecipe) -> Space:
     return replace(SPACES[recipe.space], tokens=recipe.tokens)
 
 
+def voken_tables(llm: FrozenLLM) -> list[str]:
+    """The modules whose voken rows learn: the embedding, and the output head where it has weights of its own."""
+    embedding, head = llm.causal_lm.get_input_embeddings(), llm.causal_lm.get_output_embeddings()
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    names = {module: name.rsplit(".", 1)[-1] for name, module in llm.causal_lm.named_modules()}
+    return [names[table] for table in tables]
+
+
 def has_lora(adapter: Path) -> bool:
     """Whether an adapter is stage 2's, and not only voken rows."""
     return PeftConfig.from_pretrained(str(adapter)).peft_type == PeftType.LORA

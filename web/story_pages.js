@@ -60,8 +60,7 @@ export class StoryReader {
     this.readButton.disabled = true;
     this.list = create("div", "minigpt5-pages");
     this.list.tabIndex = 0; // so that the keyboard can scroll it
-    this.list.setAttribute("role", "feed");
-    this.list.setAttribute("aria-live", "polite");
+    this.list.setAttribute("role", "log"); // what is added is read out
     this.list.append(create("p", "minigpt5-empty", this.labels.empty));
     // the canvas would zoom on the wheel and pan on the drag
     root.addEventListener("wheel", (event) => this.list.scrollHeight > this.list.clientHeight && event.stopPropagation());
