@@ -6,6 +6,7 @@ weights and is to meet the same bytes everywhere. (A test holds weights and toke
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -68,6 +69,10 @@ def get_llm(folder: Path | None) -> Path:
             f"{folder} is there already and is no language model. Name a new or empty folder."
         )
     gguf = find_gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise BadInputError(
+            f"The package gguf, which reads {NAME}, is not installed. Install it with: pip install gguf"
+        )
     try:
         convert(gguf, folder)
     except OSError as error:

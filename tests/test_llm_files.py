@@ -1,4 +1,5 @@
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,11 @@ def test_the_converted_model_speaks(converted: Path) -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_a_missing_gguf_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
+    monkeypatch.setattr(llm_files, "find_gguf", lambda: tmp_path / "model.gguf")
+    with pytest.raises(BadInputError, match="pip install gguf"):
+        llm_files.get_llm(tmp_path / "llm")

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
 WORKFLOWS = HERE.parents[1] / "workflows"
-SIZE, GAP, PAPER = (480, 360), 8, "#e9e4d8"
+SIZE, GAP, PAPER = (400, 400), 8, "#e9e4d8"  # the template browser shows a square
 
 
 def ask(url: str, value: Any = None) -> bytes:
