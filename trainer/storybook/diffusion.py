@@ -60,7 +60,6 @@ class DiffusionRecipe:
     empty_share: float = 0.1
     min_snr_gamma: float = 5.0
     figure_weight: float = 1.0
-    conditioning_noise: float = 0.0
     ema_decay: float = 0.998
     text_width: int = 128
     text_layers: int = 2
@@ -221,9 +220,7 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
                 save_pipeline(pipeline, average, out)
                 (out / "text_encoder_is_final").touch()
             rows = draw.choices(range(len(data.latents)), k=recipe.batch)
-            conditioning = blur(
-                encode_texts(pipeline, data.texts(rows, recipe, draw)), recipe.conditioning_noise
-            )
+            conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
             weights = 1 + (recipe.figure_weight - 1) * data.figures[rows]
             loss = noise_loss(
                 unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe.min_snr_gamma
@@ -239,17 +236,6 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
                 save_pipeline(pipeline, average, out)
             if interrupted:
                 raise KeyboardInterrupt
-
-
-def blur(conditioning: Tensor, amount: float) -> Tensor:
-    """Noise of `amount` times the batch's own deviation, per token and dimension, on (B, T, C).
-
-    A mapper's answer is never exactly the text encoder's: the UNet has to forgive what lies between.
-    """
-    if not amount:
-        return conditioning
-    deviation = conditioning.detach().std(0, correction=0)
-    return conditioning + amount * deviation * torch.randn_like(conditioning)
 
 
 def noise_loss(
