@@ -95,8 +95,12 @@ def _check_voken_rows(config: dict, voken_ids: list[int], width: int, folder: Pa
         if list(found) != voken_ids:
             raise BadInputError(
                 f"The adapter in {folder} trains the rows {_span(found)}, but the vokens of this LLM of width "
-                f"{width} are the rows {_span(voken_ids)}. {OTHER_LLM}"
+                f"{width} are the rows {_span(voken_ids)}. {_count_cure(len(found), len(voken_ids))}{OTHER_LLM}"
             )
+
+
+def _count_cure(wanted: int, found: int) -> str:
+    return "" if wanted == found else f"Set vokens to {wanted} where the LLM is loaded. "
 
 
 def _span(rows: list[int]) -> str:

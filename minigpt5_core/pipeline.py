@@ -5,13 +5,13 @@ for scene in teller.tell(Story("Mia the fox wakes up in a snowy forest.", seed=0
     print(scene.text); scene.picture.save(...)
 """
 
-import json
 import logging
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -19,14 +19,14 @@ from PIL import Image
 from .conditioning import SPACES, Conditioning, Space, check_space
 from .errors import BadInputError, CancelledError
 from .generate import Reply, Sampling, StoryCache, generate, seeded_generator
-from .llm import FrozenLLM, load_adapter, load_llm, reading
+from .llm import FrozenLLM, load_adapter, load_llm, load_sight, reading
 from .llm_files import default_llm
 from .mapper import Mapper
-from .prompts import NEXT, Turn, fit_chat
+from .prompts import LOOK, NEXT, Turn, fit_chat
 from .story import Story
-from .weights import MapperHeader, hash_weights, load_mapper
+from .storybook import STORYBOOK, unknown_words
+from .weights import IMAGE_ADAPTER, MapperHeader, hash_weights, load_mapper
 
-STORYBOOK = Path(__file__).resolve().parent.parent / "storybook"
 STORYBOOK_SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=50, max_new_tokens=60)
 
 log = logging.getLogger("minigpt5")
@@ -65,28 +65,16 @@ class StoryTeller:
         llm: FrozenLLM,
         mapper: Mapper,
         diffusion: DiffusionPipeline,
-        words: frozenset[str] | None = None,
+        draws_storybook: bool = False,
         on_progress: OnProgress | None = None,
     ) -> None:
         self.llm, self.mapper, self.diffusion = llm, mapper, diffusion
-        self.words = words
+        self.draws_storybook = draws_storybook
         self.on_progress = on_progress or (lambda stage, done, total: None)
 
     def unknown_words(self, prompt: str) -> list[str]:
         """The prompt's words that the storybook cannot draw, in order; none for other diffusion models."""
-        if self.words is None:
-            return []
-        names = {
-            name.lower()
-            for name in re.findall(r"\b([A-Z]\w+) the\b|\b(?:called|named) (\w+)", prompt)
-            for name in name
-        }
-        spoken = re.findall(r"[^\W\d_]+", prompt.lower())
-        return [word for word in dict.fromkeys(spoken) if not names & {word} and not self._knows(word)]
-
-    def _knows(self, word: str) -> bool:
-        assert self.words is not None
-        return len(word) < 3 or bool(self.words & {word, word.removesuffix("s"), word.removesuffix("es")})
+        return unknown_words(prompt) if self.draws_storybook else []
 
     def tell(
         self,
@@ -95,24 +83,34 @@ class StoryTeller:
         steps: int = 20,
         guidance: float = 3.0,
         sampling: Sampling = STORYBOOK_SAMPLING,
+        pictures: Sequence[Image.Image | None] = (),
     ) -> Iterator[ToldScene]:
         """Yields `scenes` new scenes after those the story already holds; scene i draws with seed + i.
 
-        Raises BadInputError for an opening that does not fit the LLM's context.
+        `pictures` are those of the scenes it holds. An LLM that sees is shown every picture, also those it asked for
+        itself; to another a picture is known as the voken block it came from. Raises BadInputError for an opening that
+        does not fit the LLM's context.
         """
-        turns = [
-            Turn(NEXT if index else story.prompt, scene.text, picture=scene.picture is not None)
-            for index, scene in enumerate(story.scenes)
-        ]
+        turns = self._earlier(story, pictures)
         cache = StoryCache()
         for index in range(len(turns), len(turns) + scenes):
             turns.append(Turn(NEXT if index else story.prompt))
             seed = (story.seed + index) % 2**64
             reply, dropped = self._write(turns, sampling, seed, cache)
             drawn = len(reply.voken_states) > 0
-            turns[-1] = replace(turns[-1], text=reply.text, picture=drawn)
             picture = self._draw(reply, seed, steps, guidance) if drawn else None
+            shown = None if picture is None else self.llm.see(picture_tensor(picture))
+            turns[-1] = replace(turns[-1], text=reply.text, picture=drawn, shown=shown)
             yield ToldScene(reply.text, picture, tuple(turn + 1 for turn in dropped))
+
+    def _earlier(self, story: Story, pictures: Sequence[Image.Image | None]) -> list[Turn]:
+        """The story's scenes as the LLM reads them, their pictures shown behind their blocks where it can see."""
+        turns = []
+        for index, (scene, picture) in enumerate(zip_longest(story.scenes, pictures[: len(story.scenes)])):
+            shown = None if picture is None else self.llm.see(picture_tensor(picture))
+            request = NEXT if index else story.prompt or LOOK
+            turns.append(Turn(request, scene.text, scene.picture is not None, shown))
+        return turns
 
     def _write(
         self, turns: list[Turn], sampling: Sampling, seed: int, cache: StoryCache
@@ -150,6 +148,11 @@ class StoryTeller:
         ).images[0]
 
 
+def picture_tensor(picture: Image.Image) -> torch.Tensor:
+    """(H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+
+
 def prompt_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:
     """What a diffusers pipeline takes in place of a prompt."""
     arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
@@ -175,12 +178,12 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     _check_llm(llm, llm_folder, header, mapper_file)
     tick("loading", 2, 4)
     llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")
+    llm = load_sight(llm, llm_folder, STORYBOOK / "LLM" / IMAGE_ADAPTER)
     tick("loading", 3, 4)
     diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device)
     check_diffusion(diffusion, header, mapper_file)
     tick("loading", 4, 4)
-    words = _storybook_words() if parts.diffusion is None else None
-    return StoryTeller(llm, mapper.to(device), diffusion, words, on_progress)
+    return StoryTeller(llm, mapper.to(device), diffusion, parts.diffusion is None, on_progress)
 
 
 def check_device(name: str) -> None:
@@ -268,8 +271,3 @@ def _check_llm(llm: FrozenLLM, folder: Path, header: MapperHeader, file: Path) -
             "The mapper %s was trained with other weights of %s than those in %s; pictures may suffer.",
             file.name, header.llm_id, folder,
         )  # fmt: skip
-
-
-def _storybook_words() -> frozenset[str]:
-    world = json.loads((STORYBOOK / "world.json").read_text(encoding="utf-8"))
-    return frozenset(world["words"]) | frozenset(world["plain_words"])

@@ -6,14 +6,19 @@ voken block. `published` is the grammar of the published checkpoints: "###Human:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from .errors import BadInputError
 from .generate import Prompt
 from .llm import FrozenLLM
+from .vokens import PICTURE, plain
 
 SYSTEM = "You tell a picture book story, scene by scene."
 NEXT = "What happens next?"
+LOOK = "Look at this picture."  # the request of a page that is a picture alone
+DESCRIBE = "What does the picture show?"
 # For an LLM whose tokenizer has no chat template: a line a message, each ended by the LLM's own end mark.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token }}\n"
@@ -29,11 +34,16 @@ PUBLISHED_NEXT = "Tell me the next scene with image."
 
 @dataclass(frozen=True)
 class Turn:
-    """One scene as it was asked for and told; `text` is None for the scene still to be told."""
+    """One scene as it was asked for and told; `text` is None for the scene still to be told.
+
+    `picture` stands for a voken block, with which the LLM asked for its picture. `shown` are the image tokens (K, L)
+    of a picture that the LLM sees: one that was given, or, behind the block, what came of it.
+    """
 
     request: str
     text: str | None = None
     picture: bool = True
+    shown: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,9 +59,10 @@ def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
     block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
     messages = [{"role": "system", "content": SYSTEM}]
     for turn in turns:
-        messages.append({"role": "user", "content": turn.request})
+        messages.append({"role": "user", "content": plain(turn.request)})
         if turn.text is not None:
-            messages.append({"role": "assistant", "content": turn.text + (block if turn.picture else "")})
+            picture = (block if turn.picture else "") + (PICTURE if turn.shown is not None else "")
+            messages.append({"role": "assistant", "content": plain(turn.text) + picture})
     is_open = bool(turns) and turns[-1].text is None
     return llm.tokenizer.apply_chat_template(
         messages,
@@ -59,6 +70,12 @@ def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
         tokenize=False,
         add_generation_prompt=is_open,
     )
+
+
+def chat_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
+    """The same as token ids, with the pictures that are shown in their slots."""
+    images = [turn.shown for turn in turns if turn.text is not None and turn.shown is not None]
+    return Prompt(llm.encode(chat_text(llm, turns)), images, llm.picture_id if images else None)
 
 
 def published_text(turns: Sequence[Turn]) -> str:
@@ -79,12 +96,12 @@ def fit_chat(llm: FrozenLLM, turns: Sequence[Turn], room: int) -> FittedPrompt:
     dropped: list[int] = []
     while True:
         kept = [turn for index, turn in enumerate(turns) if index not in dropped]
-        ids = llm.encode(chat_text(llm, kept))
-        if len(ids) <= limit:
-            return FittedPrompt(Prompt(ids), tuple(dropped))
+        prompt = chat_prompt(llm, kept)
+        if prompt.length <= limit:
+            return FittedPrompt(prompt, tuple(dropped))
         if len(kept) <= 2:
             raise BadInputError(
-                f"The prompt is {len(ids)} tokens long; with {room} kept for the reply this LLM reads at most {limit}. "
-                "Shorten the prompt."
+                f"The prompt is {prompt.length} tokens long; with {room} kept for the reply this LLM reads at most "
+                f"{limit}. Shorten the prompt."
             )
         dropped.append(len(dropped) + 1)

@@ -1,7 +1,17 @@
 """Generative vokens: V special tokens that stand for one picture (arXiv 2310.02239, section 3.2)."""
 
+import re
+
 import torch
 from torch import Tensor
+
+PICTURE = "[PICTURE]"  # one picture's slot in a prompt; the LLM never reads or writes it
+SPECIAL = re.compile(r"\[(IMG\d+|PICTURE)\]")
+
+
+def plain(text: str) -> str:
+    """A reader's or a writer's text without the brackets that would make a voken or a picture of a word."""
+    return SPECIAL.sub(r"\1", text)
 
 
 def voken_strings(count: int) -> list[str]:

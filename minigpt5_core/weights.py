@@ -20,6 +20,7 @@ from .errors import BadInputError
 from .mapper import Mapper, build_mapper
 
 FORMAT_VERSION = "1"
+IMAGE_ADAPTER = "image_adapter.safetensors"  # lies beside an LLM's weights and is none of them
 KEYS = tuple(f"minigpt5.{name}" for name in ("format_version", "mapper", "vokens", "space", "llm", "trained"))
 
 
@@ -57,7 +58,7 @@ def load_mapper(path: Path) -> tuple[Mapper, MapperHeader]:
 
     Raises BadInputError for a missing, truncated or foreign file, and for unknown keys, kinds and sizes.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     config, header = _parse(metadata, path)
     with torch.device("meta"):
         mapper = build_mapper(config)
@@ -72,7 +73,7 @@ def hash_weights(folder: Path) -> str:
     Independent of how the folder is split into files, and cheap for large models. Raises BadInputError when
     `folder` holds no safetensors.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = [file for file in sorted(Path(folder).glob("*.safetensors")) if file.name != IMAGE_ADAPTER]
     if not files:
         raise BadInputError(f"{folder} holds no .safetensors weights. Give a Hugging Face model folder.")
     marks: dict[str, bytes] = {}
@@ -127,7 +128,8 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, widened to float32, and its metadata; BadInputError for any other file."""
     with _open(path) as opened:
         names = opened.keys()
         # copies: a mapped tensor would hold the file open

@@ -1,5 +1,6 @@
 """Where model files are found: ComfyUI's folders, with the pack's own storybook among them."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import folder_paths
 
 PACK = Path(__file__).resolve().parent.parent
 STORYBOOK = PACK / "storybook"
-STORYBOOK_DIFFUSERS = "storybook"
+STORYBOOK_DIFFUSERS = STORYBOOK_ADAPTER = "storybook"
 DEFAULT_LLM = "SmolLM2-135M-Instruct"
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -82,11 +83,15 @@ def find_diffusers(name: str) -> Path:
 
 
 def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
-    """The error for a file that is not there: every folder that was searched, and what belongs there."""
-    searched = "\n".join(f"  {path}" for path in folder_paths.get_folder_paths(key))
+    """The error for a file that is not there: every folder that was searched, and what belongs where."""
+    if not name:
+        return ValueError(f"No {what} is chosen. Choose one in the node.")
+    paths = folder_paths.get_folder_paths(key)
+    searched = "\n".join(f"  {path}" for path in paths)
     return ValueError(
         f"The {what} {name!r} is in none of these folders:\n{searched}\n"
-        f"Put {wanted} into one of them under that name, or choose another in the node."
+        f"Put {wanted} into {paths[0]} under that name (make the folder if there is none), or choose another in the "
+        "node. Only the storybook's own comes with the pack."
     )
 
 
@@ -105,7 +110,8 @@ def fingerprint(path: Path | None) -> str:
         return "default"
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     marks = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
-    return f"{path} {marks}"
+    # hashed: ComfyUI keeps it in the metadata of pictures, where a path would say whose machine this is
+    return hashlib.sha256(f"{path} {marks}".encode()).hexdigest()
 
 
 def _folders(key: str, mark: str) -> set[str]:

@@ -10,7 +10,7 @@ from .compat import link, schema
 from .sockets import LLM, MAPPER, STORY
 from .turn import SEEDS, sampling_inputs
 
-SIZE = "In pixels: 128 for the storybook, 512 for SD 1.5, 1024 for SDXL."
+SIZE = "In pixels: 128 for the storybook, which draws nonsense at other sizes; 512 for SD 1.5, 1024 for SDXL."
 
 
 class Interleaver(io.ComfyNode):
@@ -40,8 +40,8 @@ class Interleaver(io.ComfyNode):
                     "instructions",
                     multiline=True,
                     default="",
-                    tooltip="One line a scene, what should happen in it. An empty line leaves it to the LLM; lines "
-                    "beyond the last scene wait.",
+                    tooltip="One line a scene: a hint at what should happen in it, which a small LLM may take its own "
+                    "way. An empty line leaves it to the LLM; lines beyond the last scene wait.",
                 ),
                 io.Int.Input(
                     "seed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..minigpt5_core.adapter import Adapter
+    from ..minigpt5_core.llm import FrozenLLM
 
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
@@ -69,13 +71,14 @@ class LoadLLM(io.ComfyNode):
 
         require_version("transformers>=4.56", "Update it in ComfyUI's Python: pip install -U transformers")
 
-        from ..minigpt5_core.llm import load_llm
+        from ..minigpt5_core.llm import load_llm, load_sight
         from ..minigpt5_core.llm_files import default_llm
-        from ..minigpt5_core.weights import hash_weights
+        from ..minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
 
         folder = folders.find_llm(llm_name) or default_llm()
         frozen = load_llm(folder, vokens, dtype=_dtype(dtype))
-        return io.NodeOutput(LoadedLLM(_manage(frozen.causal_lm), frozen, llm_name, hash_weights(folder)))
+        frozen = load_sight(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
+        return io.NodeOutput(LoadedLLM(_manage(frozen), frozen, llm_name, hash_weights(folder)))
 
 
 class LoadAdapter(io.ComfyNode):
@@ -128,7 +131,7 @@ class LoadAdapter(io.ComfyNode):
             adapter = read_adapter(folder, llm.frozen.causal_lm, llm.frozen.voken_ids)
         patcher = llm.patcher.clone()
         patcher.add_patches(_patches(adapter, llm), strength)
-        return io.NodeOutput(LoadedLLM(patcher, llm.frozen, llm.name, llm.weights_hash))
+        return io.NodeOutput(replace(llm, patcher=patcher, adapters=(*llm.adapters, adapter_name)))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -142,21 +145,25 @@ def _dtype(name: str) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else management.text_encoder_dtype(device)
 
 
-def _manage(causal_lm: Any) -> Any:
+def _manage(frozen: FrozenLLM) -> Any:
     """The LLM in ComfyUI's own keeping: it decides where the weights are, and when they go."""
     import comfy.model_management as management
     import torch
     from comfy.model_patcher import ModelPatcher
 
-    class Managed(torch.nn.Module):
-        """ModelPatcher sets attributes on its model, `device` among them, which transformers' models refuse."""
+    class LanguageModel(torch.nn.Module):
+        """ModelPatcher sets attributes on its model, `device` among them, which transformers' models refuse.
+
+        Its name is what ComfyUI's log says it loads.
+        """
 
         def __init__(self) -> None:
             super().__init__()
-            self.causal_lm = causal_lm
+            self.causal_lm = frozen.causal_lm
+            self.image_encoder = frozen.image_encoder
 
     return ModelPatcher(
-        Managed(),
+        LanguageModel(),
         load_device=management.text_encoder_device(),
         offload_device=management.text_encoder_offload_device(),
     )

@@ -66,12 +66,17 @@ def whole_text(story: StorySoFar) -> str:
 
 
 def show_text(story: StorySoFar, node_id: str | None) -> None:
-    """The story's text in the node by ComfyUI's own widget, for a browser in which no JavaScript of ours runs.
+    """The story's text in the node by ComfyUI's own widget, for a browser in which no JavaScript of ours runs."""
+    tell_user(whole_text(story), node_id)
 
-    That widget takes HTML, and runs what is in it: a story may say `<script>`.
+
+def tell_user(text: str, node_id: str | None) -> None:
+    """A text in the node, by ComfyUI's own widget; a node that another expanded into speaks on that one.
+
+    The widget takes HTML and runs what is in it: a story may say `<script>`.
     """
     from server import PromptServer
 
     if node_id is not None:
         server = PromptServer.instance
-        server.send_progress_text(html.escape(whole_text(story), quote=False), node_id, server.client_id)
+        server.send_progress_text(html.escape(text, quote=False), node_id.split(".")[0], server.client_id)

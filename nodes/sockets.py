@@ -24,13 +24,15 @@ VOKENS = io.Custom("MINIGPT5_VOKENS")
 class LoadedLLM:
     """The LLM as ComfyUI manages it: `patcher` holds its weights (and what an adapter lays over them).
 
-    `frozen` reads the same weights; it is to be used only after `load_models_gpu([patcher])`.
+    `frozen` reads the same weights; it is to be used only after `load_models_gpu([patcher])`. `adapters` are the names
+    of those laid over it.
     """
 
     patcher: Any
     frozen: FrozenLLM
     name: str
     weights_hash: str
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +46,15 @@ class LoadedMapper:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """One scene: what was asked for, what was told, and the picture (H, W, 3) in [0, 1], if there is one."""
+    """One scene: what was asked for, what was told, and the picture (H, W, 3) in [0, 1], if there is one.
+
+    `told` by an LLM, whose vokens stand in front of the picture; else the page is the user's own.
+    """
 
     request: str
     text: str
     picture: Tensor | None = None
+    told: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -131,7 +131,8 @@ class LoadStory(io.ComfyNode):
             None if picture is None else _as_tensor(picture) for picture in read_pictures(saved, folder)
         ]
         pages = [
-            Page(NEXT, scene.text, picture) for scene, picture in zip(saved.scenes, pictures, strict=True)
+            Page(NEXT, scene.text, picture, told=True)
+            for scene, picture in zip(saved.scenes, pictures, strict=True)
         ]
         return io.NodeOutput(StorySoFar(saved.prompt, tuple(pages), saved.seed))
 

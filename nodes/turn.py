@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from . import folders
 from .compat import schema
-from .preview import told_so_far
+from .preview import tell_user, told_so_far
 from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..minigpt5_core.llm import FrozenLLM
     from ..minigpt5_core.prompts import Turn
 
 log = logging.getLogger("minigpt5")
@@ -68,7 +70,8 @@ class StoryTurn(io.ComfyNode):
                     "instruction",
                     multiline=True,
                     default="",
-                    tooltip="What should happen next. Empty: the LLM decides.",
+                    tooltip="A hint at what should happen next, which a small LLM may take its own way. "
+                    "Empty: the LLM decides.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -100,6 +103,7 @@ class StoryTurn(io.ComfyNode):
                 io.String.Output("text", display_name="text"),
                 VOKENS.Output("vokens", display_name="vokens"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -128,19 +132,23 @@ class StoryTurn(io.ComfyNode):
         )
         frozen = llm.frozen
         request = _request(story, instruction)
+        if folders.STORYBOOK_ADAPTER in llm.adapters:
+            _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = max_new_tokens + max_pictures * len(frozen.voken_ids)
-        fitted = fit_chat(frozen, [*_turns(story), _open_turn(request)], room)
+        fitted = fit_chat(frozen, [*_turns(frozen, story), _open_turn(request)], room)
         if fitted.dropped:
             left_out = ", ".join(str(page + 1) for page in fitted.dropped)
             log.warning(
                 "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
             )
-        memory = _cache_bytes(llm, len(fitted.prompt.ids) + room)
+        memory = _cache_bytes(llm, fitted.prompt.length + room)
         management.load_models_gpu([llm.patcher], memory_required=memory, force_full_load=True)
         with torch.no_grad():
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
-        told = (story if story.pages else replace(story, seed=seed)).with_page(Page(request, reply.text))
+        told = (story if story.pages else replace(story, seed=seed)).with_page(
+            Page(request, reply.text, told=True)
+        )
         return io.NodeOutput(told, reply.text, vokens, ui=told_so_far(told))
 
 
@@ -154,14 +162,32 @@ def _request(story: StorySoFar, instruction: str) -> str:
     return f"{story.prompt} {instruction}".strip()
 
 
-def _turns(story: StorySoFar) -> list[Turn]:
-    """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next."""
-    from ..minigpt5_core.prompts import NEXT, Turn
+def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
+    """Names the words outside the storybook's world, in the log and on the node."""
+    from ..minigpt5_core.storybook import unknown_words
 
-    return [
-        Turn(page.request or (NEXT if index else story.prompt), page.text, picture=page.picture is not None)
-        for index, page in enumerate(story.pages)
-    ]
+    if words := unknown_words(request):
+        message = (
+            f"The storybook cannot draw these words: {', '.join(words)}. The story is told all the same."
+        )
+        log.warning(message)
+        tell_user(message, node_id)
+
+
+def _turns(frozen: FrozenLLM, story: StorySoFar) -> list[Turn]:
+    """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next.
+
+    An LLM that sees is shown every picture; a voken block stands for those it asked for, and for all if it is blind.
+    """
+    from ..minigpt5_core.prompts import LOOK, NEXT, Turn
+
+    turns = []
+    for index, page in enumerate(story.pages):
+        shown = None if page.picture is None else frozen.see(page.picture)
+        block = page.picture is not None and (page.told or shown is None)
+        request = page.request or (NEXT if index else story.prompt or LOOK)
+        turns.append(Turn(request, page.text, block, shown))
+    return turns
 
 
 def _open_turn(request: str) -> Turn:

@@ -142,13 +142,13 @@ def test_parts_and_settings_reach_the_pipeline(pipeline: Pipeline) -> None:
     arguments = "--llm L --adapter A --mapper M --diffusion D --device cpu --steps 5 --guidance 2.5"
     main(["Mia", "--scenes", "1", *arguments.split()])
     assert pipeline.tellers[0].parts == Parts(Path("L"), Path("A"), Path("M"), Path("D"), "cpu")
-    assert pipeline.tellers[0].settings == {"steps": 5, "guidance": 2.5}
+    assert pipeline.tellers[0].settings == {"steps": 5, "guidance": 2.5, "pictures": ()}
 
 
 def test_settings_nobody_gave_are_left_to_the_pipeline(pipeline: Pipeline) -> None:
     main(["Mia", "--scenes", "1"])
     assert pipeline.tellers[0].parts == Parts()
-    assert pipeline.tellers[0].settings == {}
+    assert pipeline.tellers[0].settings == {"pictures": ()}
 
 
 def test_words_the_storybook_cannot_draw_are_named(capsys: pytest.CaptureFixture) -> None:

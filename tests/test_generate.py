@@ -79,7 +79,7 @@ def test_text_comes_before_the_picture_or_after_it_as_asked(tiny_llm):
 
 def test_a_reply_may_hold_several_pictures(tiny_llm, monkeypatch):
     plain = FrozenLLM.logits
-    liking = torch.zeros(len(tiny_llm.tokenizer))
+    liking = torch.zeros(len(tiny_llm.causal_lm.get_input_embeddings().weight))
     liking[tiny_llm.voken_ids[0]] = 20.0  # the model asks for pictures all the time
     monkeypatch.setattr(FrozenLLM, "logits", lambda llm, states: plain(llm, states) + liking)
     sampling = Sampling(max_new_tokens=8, pictures="when_asked", max_pictures=3)

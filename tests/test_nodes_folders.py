@@ -99,7 +99,9 @@ def test_what_is_there_is_no_problem(pack, node):
     ],
 )
 def test_a_loader_refuses_what_was_lost_after_it_was_chosen(pack, node, inputs):
-    with pytest.raises(ValueError, match="(?s)'gone' is in none of these folders:.*Put .* into one of them"):
+    with pytest.raises(
+        ValueError, match="(?s)'gone' is in none of these folders:.*Put .* into .*under that name"
+    ):
         pack.run(node, **inputs)
 
 

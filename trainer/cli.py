@@ -5,6 +5,7 @@
     storybook-scorer     train the classifier that measures pictures
     align                stage 1: captions to pictures
     finetune             stage 2: interleaved stories
+    image-adapter        teach the frozen LLM to see pictures
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
 
@@ -32,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--recipe", type=Path, help="a TOML file, see trainer/recipes/")
         if name in ("align", "finetune"):
             command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
-        if name in ("align", "finetune", "storybook-diffusion"):
+        if name in ("align", "finetune", "storybook-diffusion", "image-adapter"):
             command.add_argument(
                 "--from", dest="start", type=Path, help="an earlier run's --out folder to go on from"
             )
@@ -91,6 +92,15 @@ def _score(arguments: argparse.Namespace) -> int:
     )
 
 
+def _image_adapter(arguments: argparse.Namespace) -> int:
+    from .image_adapter import ImageAdapterRecipe, train_image_adapter
+    from .recipe import load_recipe
+
+    recipe = load_recipe(ImageAdapterRecipe, arguments.recipe, arguments.set)
+    train_image_adapter(recipe, arguments.out, arguments.start)
+    return 0
+
+
 def _bundle(arguments: argparse.Namespace) -> int:
     from .recipe import load_recipe
     from .storybook.bundle import BundleRecipe, write_bundle
@@ -105,6 +115,10 @@ COMMANDS = {
     "storybook-scorer": (_scorer, "train the classifier that measures pictures"),
     "align": (_align, "stage 1: captions to pictures; trains voken rows and mapper"),
     "finetune": (_finetune, "stage 2: interleaved stories; trains LoRA, voken rows and mapper"),
+    "image-adapter": (
+        _image_adapter,
+        "teach the frozen LLM to see: trains an image encoder and its projector",
+    ),
     "storybook-score": (_score, "illustrate held-out stories, their sentences given, and score the pictures"),
     "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),
 }

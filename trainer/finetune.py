@@ -5,8 +5,9 @@
 A whole story is one sequence with all its voken blocks, so one forward serves all its pictures.
 """
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.mapper import Mapper
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.prompts import Turn, chat_prompt
+from minigpt5_core.vision import load_image_adapter
 from minigpt5_core.vokens import block_starts, gather_voken_states
 
 from .align import caption_states, picture_latents, trainable
+from .showing import questions, shown_turns, told_scenes
 from .stage import (
     PictureLosses,
     Run,
@@ -44,9 +47,16 @@ from .storybook.stories import TrueScene, stories
 
 @dataclass(frozen=True)
 class FinetuneRecipe(StageRecipe):
-    """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories."""
+    """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories.
+
+    With an `image_adapter` the LLM is shown pictures, in a `shown_share` of the stories, and asked `questions` times a
+    step what one shows; the image adapter itself stays as it is.
+    """
 
     stories: int = 2000
+    image_adapter: str = ""
+    shown_share: float = 0.5
+    questions: int = 2
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.05
@@ -56,26 +66,42 @@ class FinetuneRecipe(StageRecipe):
 
 @dataclass(frozen=True)
 class StorySequence:
-    """A story as ids, the labels of what the LLM should have written (-100 elsewhere), and where its blocks begin."""
+    """A story as ids, the labels of what the LLM should have written (-100 elsewhere), and where its blocks begin.
+
+    A picture that is shown takes as many ids, all the slot's, as it has image tokens; `images` holds those, (K, L).
+    """
 
     ids: list[int]
     labels: list[int]
     blocks: list[int]
+    images: list[Tensor] = field(default_factory=list)
 
 
 def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
-    """Every reply counts: its text, [IMG0] and the end mark; later vokens are given, never asked for."""
-    ids = llm.encode(chat_text(llm, turns))
+    """Every reply counts: its text, [IMG0] and the end mark; later vokens and pictures are given, never asked for."""
+    images = chat_prompt(llm, turns).images
+    ids = _spread(llm, turns)
     labels = [IGNORED] * len(ids)
     unasked = set(llm.voken_ids[1:])
-    end = llm.tokenizer.eos_token_id
+    last = {llm.tokenizer.eos_token_id, llm.picture_id}
     for index, turn in enumerate(turns):
-        start = len(llm.encode(chat_text(llm, [*turns[:index], Turn(turn.request)])))
-        stop = next(position for position in range(start, len(ids)) if ids[position] == end) + 1
-        for position in range(start, stop):
+        start = len(_spread(llm, [*turns[:index], Turn(turn.request)]))
+        stop = next(position for position in range(start, len(ids)) if ids[position] in last)
+        for position in range(start, stop if ids[stop] == llm.picture_id else stop + 1):
             if ids[position] not in unasked:
                 labels[position] = ids[position]
-    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids))
+    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids), images)
+
+
+def _spread(llm: FrozenLLM, turns: Sequence[Turn]) -> list[int]:
+    """The turns' ids, a picture's slot repeated for each of its image tokens."""
+    prompt = chat_prompt(llm, turns)
+    images = iter(prompt.images)
+    return [
+        token
+        for slot in prompt.ids
+        for token in ([slot] * len(next(images)) if slot == prompt.image_id else [slot])
+    ]
 
 
 def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
@@ -100,15 +126,29 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     )
 
 
+def _turns(
+    llm: FrozenLLM, recipe: FinetuneRecipe, scenes: Sequence[TrueScene], draw: random.Random
+) -> list[Turn]:
+    """A story with pictures shown or without."""
+    shown = recipe.image_adapter and draw.random() < recipe.shown_share
+    return shown_turns(llm, scenes, draw) if shown else as_turns(scenes)
+
+
 def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:
     """One forward over stories padded behind: voken states of all blocks (k, V, L), and the text loss."""
-    pad = llm.tokenizer.pad_token_id or 0
-    rows = [torch.tensor(sequence.ids) for sequence in sequences]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(llm.device)
     # no attention mask: padding stands behind everything that counts, and attention is causal
-    hidden = llm.decoder(inputs_embeds=llm.embed(ids)).last_hidden_state
+    hidden = llm.decoder(inputs_embeds=_embed(llm, sequences)).last_hidden_state
     blocks = [(row, start) for row, sequence in enumerate(sequences) for start in sequence.blocks]
     states = gather_voken_states(hidden, blocks, len(llm.voken_ids))
+    return states, _text_loss(llm, sequences, hidden)
+
+
+def text_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
+    """The same forward for sequences that hold no voken blocks: the text loss alone."""
+    return _text_loss(llm, sequences, llm.decoder(inputs_embeds=_embed(llm, sequences)).last_hidden_state)
+
+
+def _text_loss(llm: FrozenLLM, sequences: Sequence[StorySequence], hidden: Tensor) -> Tensor:
     asked = [
         (row, position - 1, label)
         for row, sequence in enumerate(sequences)
@@ -116,7 +156,18 @@ def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Te
         if label != IGNORED
     ]
     row, position, label = (torch.tensor(column, device=llm.device) for column in zip(*asked, strict=True))
-    return states, voken_loss(llm.logits(hidden[row, position]), label)
+    return voken_loss(llm.logits(hidden[row, position]), label)
+
+
+def _embed(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
+    """(B, S, L), padded behind, pictures in their places."""
+    pad = llm.tokenizer.pad_token_id or 0
+    rows = [torch.tensor(sequence.ids) for sequence in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(llm.device)
+    slots = ids == llm.picture_id
+    embedded = llm.embed(ids.masked_fill(slots, pad))
+    images = [image for sequence in sequences for image in sequence.images]
+    return embedded.masked_scatter(slots[..., None], torch.cat(images).to(embedded)) if images else embedded
 
 
 def train_finetune(
@@ -128,6 +179,10 @@ def train_finetune(
     run = Run(recipe, out, "finetune", accelerator, resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, recipe.vokens, device=accelerator.device)
+    if recipe.image_adapter:
+        llm.image_encoder = (
+            load_image_adapter(Path(recipe.image_adapter))[0].requires_grad_(False).to(llm.device)
+        )
     adapted = adapt(llm, start_from, lambda llm: with_lora(llm, recipe))
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     data = list(islice(stories(recipe.seed), recipe.stories))
@@ -153,13 +208,17 @@ def train_finetune(
         draw, generator = step_generator(recipe.seed, step)
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # LoRA's dropout
         batch = draw.sample(data, recipe.batch)
-        states, text_loss = story_losses(llm, [story_sequence(llm, as_turns(scenes)) for scenes in batch])
-        scenes = [scene for story in batch for scene in story]
+        told = [_turns(llm, recipe, scenes, draw) for scenes in batch]
+        states, text_loss = story_losses(llm, [story_sequence(llm, turns) for turns in told])
+        scenes = [s for story, turns in zip(batch, told, strict=True) for s in told_scenes(story, turns)]
         latents = None
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
             latents = picture_latents(pipeline, [scene.state for scene in scenes], draw)
         losses = picture_losses(states, [scene.caption for scene in scenes], latents, generator)
         losses["text"] = text_loss
+        if recipe.image_adapter and recipe.questions:
+            asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.questions, draw)]
+            losses["text"] = text_loss + text_losses(llm, asked)
         optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
         if step % recipe.preview_every == 0:
             preview(step)

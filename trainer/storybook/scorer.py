@@ -72,7 +72,8 @@ class Scorer(nn.Module):
         return [State(**{name: chosen[name][i] for name in CLASSES}) for i in range(len(pictures))]
 
 
-def _weathered(picture: Image.Image, draw: random.Random) -> Image.Image:
+def weather(picture: Image.Image, draw: random.Random) -> Image.Image:
+    """The picture as it is, or blurred as an autoencoder may leave it."""
     if draw.random() < 0.4:
         return picture.filter(ImageFilter.GaussianBlur(draw.uniform(0.3, 2.0)))
     return picture
@@ -82,7 +83,7 @@ def _batch(count: int, draw: random.Random, weathered: bool) -> tuple[Tensor, di
     states = [random_state(draw) for _ in range(count)]
     pictures = [render(state, draw) for state in states]
     if weathered:
-        pictures = [_weathered(picture, draw) for picture in pictures]
+        pictures = [weather(picture, draw) for picture in pictures]
     images = to_tensor(pictures)
     if weathered and draw.random() < 0.5:
         images = images + draw.uniform(0, 0.15) * torch.randn_like(images)

@@ -51,11 +51,13 @@ RESTS = (
     "{who} sings a song.", "{who} is very happy.", "{who} takes a little rest.", "{who} laughs and dances.",
     "{who} looks around.", "{who} tells a joke.", "What a lovely time!", "{who} smiles.",
 )  # fmt: skip
+ASKED_SHARE = 0.5  # of the scenes after the first, whose reader asks for what then happens
 REQUESTS = {
-    "place": ("{name} goes {to}.", "Now go {to}.", "Next: {where}."),
-    "prop": ("{name} finds a {prop}.", "Give {name} a {prop}.", "There is a {prop}."),
-    "time": ("It becomes {time}.", "Now it is {time}."),
-    "companion": ("{name} meets a {friend}.", "A {friend} joins in."),
+    "place": ("{name} goes {to}.", "Now go {to}.", "Next: {where}.", "{to}"),
+    "prop": ("{name} finds a {prop}.", "Give {name} a {prop}.", "There is a {prop}.", "a {prop}"),
+    "time": ("It becomes {time}.", "Now it is {time}.", "{time}"),
+    "companion": ("{name} meets a {friend}.", "A {friend} joins in.", "a {friend}"),
+    "rest": (),
 }
 
 
@@ -173,28 +175,31 @@ def _change(draw: random.Random, state: State) -> tuple[str, State]:
     return kind, state
 
 
-def _sentence(teller: _Teller, kind: str, before: State, after: State) -> str:
+def _wordings(kind: str, before: State, after: State) -> tuple[str, ...]:
+    """The sentences that tell a change."""
     if kind == "place":
-        return teller.say(MOVES, after)
+        return MOVES
     if kind == "prop":
-        return teller.say(SWAPS if before.prop else FINDS, after)
+        return SWAPS if before.prop else FINDS
     if kind == "time":
-        return teller.say(SUNRISE if after.time == "day" else NIGHTFALL, after)
+        return SUNRISE if after.time == "day" else NIGHTFALL
     if kind == "companion":
-        return teller.say(JOINS, after) if after.companion else teller.say(LEAVES, before)
-    return teller.say(RESTS, after)
+        return JOINS if after.companion else LEAVES
+    return RESTS
 
 
 def _next_scene(teller: _Teller, before: State) -> TrueScene:
     draw = teller.draw
     kind, after = _change(draw, before)
-    text = _sentence(teller, kind, before, after)
+    wordings = _wordings(kind, before, after)
+    leaving = kind == "companion" and after.companion is None
+    text = teller.say(wordings, before if leaving else after)
     if kind != "rest" and draw.random() < 0.35:
         text = f"{text} {teller.say(RESTS, after)}"
     request = NEXT
-    leaving = kind == "companion" and after.companion is None
-    if kind in REQUESTS and not leaving and draw.random() < 0.25:
-        request = teller.say(REQUESTS[kind], after)
+    if draw.random() < ASKED_SHARE:  # in words of its own, or as the story itself might say it
+        own = REQUESTS[kind] if not leaving and draw.random() < 0.5 else ()
+        request = teller.say(own or wordings, before if leaving else after)
     return TrueScene(request, text, after, names_kind=False, names_prop=kind == "prop")
 
 

@@ -1,0 +1,57 @@
+"""Numbers about pictures and stories, with intervals: means by bootstrap over stories, Frechet distance of features."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval | None:
+    """The mean of `values` (N,), and the percentile interval over resampled groups, such as the scenes of a story.
+
+    NaN marks what is undefined and is left out; None when nothing is defined. Scenes of one story hang together, so
+    whole stories are drawn.
+    """
+    counts, sums = _by_group(values, groups)
+    if not counts.sum():
+        return None
+    chosen = np.random.default_rng(seed).integers(0, len(counts), (DRAWS, len(counts)))
+    drawn = sums[chosen].sum(1) / np.maximum(counts[chosen].sum(1), 1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def bootstrap_difference(
+    first: np.ndarray, second: np.ndarray, groups: np.ndarray, seed: int = 0
+) -> Interval | None:
+    """The same for the difference of two rows that were measured on the same scenes."""
+    return bootstrap(first - second, groups, seed)
+
+
+def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    _, index = np.unique(groups, return_inverse=True)
+    defined = ~np.isnan(values)
+    counts = np.bincount(index, defined)
+    return counts, np.bincount(index, np.where(defined, values, 0.0))
+
+
+def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Between the normal distributions fitted to two sets of features, (N, D) and (M, D) (arXiv 1706.08500).
+
+    |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)); the trace of the root is the sum of the roots of the eigenvalues.
+    """
+    means = first.mean(0) - second.mean(0)
+    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
+    eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1])
+    root = np.sqrt(np.maximum(eigenvalues.real, 0)).sum()  # real and not negative but for rounding
+    return float(means @ means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root)

@@ -1,0 +1,69 @@
+"""Pictures in the LLM's training data: stories in which some are shown to it, and questions what one shows."""
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
+
+from .storybook.autoencoder import to_tensor
+from .storybook.render import render
+from .storybook.scorer import weather
+from .storybook.stories import TrueScene, training_state
+from .storybook.world import State
+
+
+def soft_pictures(states: Sequence[State], draw: random.Random) -> Tensor:
+    """Fresh renders, some of them soft as a diffusion model's may be, (B, 3, 128, 128) in [-1, 1]."""
+    images = to_tensor([weather(render(state, draw), draw) for state in states])
+    return images + draw.uniform(0, 0.1) * torch.randn_like(images) if draw.random() < 0.3 else images
+
+
+def see(llm: FrozenLLM, states: Sequence[State], draw: random.Random) -> list[Tensor]:
+    """Image tokens (K, L) of a fresh picture of each state, with their gradient."""
+    assert llm.image_encoder is not None
+    return list(llm.image_encoder(soft_pictures(states, draw).to(llm.device)))
+
+
+def shown_turns(llm: FrozenLLM, scenes: Sequence[TrueScene], draw: random.Random) -> list[Turn]:
+    """A story as it may be met: each picture asked for by vokens, shown as well, or given by the reader.
+
+    It mostly begins with a given picture, half of these without a word; the last scene is always the LLM's own.
+    """
+    images = see(llm, [scene.state for scene in scenes], draw)
+    often = draw.random()  # some stories are shown whole, some hardly at all
+    turns = []
+    for index, (scene, image) in enumerate(zip(scenes, images, strict=True)):
+        given = draw.random() < (0.6 if index == 0 else 0.15) and index < len(scenes) - 1
+        silent = given and draw.random() < 0.5
+        request = draw.choice((scene.request, scene.text)) if given else scene.request
+        shown = image if given or draw.random() < often else None
+        turns.append(
+            Turn(
+                LOOK if silent and index == 0 else request,
+                "" if silent else scene.text,
+                picture=not given,
+                shown=shown,
+            )
+        )
+    return turns
+
+
+def told_scenes(scenes: Sequence[TrueScene], turns: Sequence[Turn]) -> list[TrueScene]:
+    """The scenes whose pictures vokens ask for, in order."""
+    return [scene for scene, turn in zip(scenes, turns, strict=True) if turn.picture]
+
+
+def caption_turns(image: Tensor, caption: str | None = None) -> list[Turn]:
+    """A picture, and the question what it shows."""
+    return [Turn(LOOK, "", picture=False, shown=image), Turn(DESCRIBE, caption, picture=False)]
+
+
+def questions(llm: FrozenLLM, count: int, draw: random.Random) -> list[list[Turn]]:
+    """`count` pictures of any state, each with the question and its answer."""
+    states = [training_state(draw) for _ in range(count)]
+    pairs = zip(states, see(llm, states, draw), strict=True)
+    return [caption_turns(image, state.caption()) for state, image in pairs]

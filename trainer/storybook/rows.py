@@ -1,0 +1,129 @@
+"""The ways to illustrate a story whose sentences are given; each draws scene by scene, as a reader would wait for it.
+
+All share LLM, diffusion model, seeds, steps and guidance. Between them differs only what the diffusion model is told.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.mapper import Mapper
+from minigpt5_core.pipeline import StoryTeller, picture_tensor, prompt_arguments
+from minigpt5_core.prompts import Turn, chat_prompt
+from minigpt5_core.vokens import block_starts
+
+from ..contexts import caption_ids
+from .stories import TrueScene
+
+BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn, the same for all rows."""
+
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One scene's picture, how many tokens the LLM emitted for it, and how long all took, in seconds."""
+
+    picture: Image.Image
+    llm_tokens: int
+    seconds: float
+
+
+Row = Callable[[Sequence[TrueScene], int], Iterator[Drawn]]
+
+
+def voken_states(llm: FrozenLLM, turns: Sequence[Turn], cache: StoryCache | None = None) -> torch.Tensor:
+    """(1, V, L) of the last turn, whose text is given: the story is read up to there and its block is run."""
+    prompt = chat_prompt(llm, turns)
+    start = block_starts(prompt.ids, llm.voken_ids)[-1]
+    read = Prompt(prompt.ids[:start], prompt.images, prompt.image_id)
+    return generate(llm, [read], BLOCK_ONLY, [0], cache)[0].voken_states
+
+
+def vokens(
+    teller: StoryTeller, drawing: Drawing, mapper: Mapper | None = None, feed_back: bool = True
+) -> Row:
+    """Our way: the story so far -> vokens -> mapper. Pictures go back to an LLM that sees."""
+    chosen = mapper or teller.mapper
+
+    def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
+        turns: list[Turn] = []
+        cache = StoryCache()
+        for index, scene in enumerate(scenes):
+            began = time.perf_counter()
+            turns.append(Turn(scene.request, scene.text))
+            answer = chosen(voken_states(teller.llm, turns, cache))
+            picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
+            if feed_back:
+                turns[-1] = Turn(scene.request, scene.text, shown=teller.llm.see(picture_tensor(picture)))
+            yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
+
+    return draw
+
+
+def two_stage(
+    teller: StoryTeller, drawing: Drawing, prompts: Callable[[Sequence[TrueScene]], list[str]]
+) -> Row:
+    """The usual way: a text for each scene goes through the diffusion model's own text encoder."""
+
+    def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
+        for index, prompt in enumerate(prompts(scenes)):
+            began = time.perf_counter()
+            picture = draw_prompt(teller, drawing, prompt, seed + index)
+            yield Drawn(picture, 0, time.perf_counter() - began)
+
+    return draw
+
+
+def sentences(scenes: Sequence[TrueScene]) -> list[str]:
+    """Each scene's own sentence, the paper's baseline."""
+    return [scene.text for scene in scenes]
+
+
+def histories(scenes: Sequence[TrueScene]) -> list[str]:
+    """The whole story up to each scene; the text encoder reads its first 77 tokens."""
+    return [" ".join(scene.text for scene in scenes[: index + 1]) for index in range(len(scenes))]
+
+
+def true_captions(scenes: Sequence[TrueScene]) -> list[str]:
+    """What each picture should show, in full: the ceiling."""
+    return [scene.caption for scene in scenes]
+
+
+def caption_states(llm: FrozenLLM, caption: str) -> torch.Tensor:
+    """(1, V, L) for a caption by itself, as in stage 1."""
+    return generate(llm, [Prompt(caption_ids(llm, caption))], BLOCK_ONLY, [0])[0].voken_states
+
+
+def draw_conditioning(
+    teller: StoryTeller, drawing: Drawing, positive: Conditioning, negative: Conditioning, seed: int
+) -> Image.Image:
+    """One picture from conditioning."""
+    return _draw(teller, drawing, seed, **prompt_arguments(positive, negative))
+
+
+def draw_prompt(teller: StoryTeller, drawing: Drawing, prompt: str, seed: int) -> Image.Image:
+    """One picture from a text."""
+    return _draw(teller, drawing, seed, prompt=prompt, negative_prompt="")
+
+
+@torch.no_grad()
+def _draw(teller: StoryTeller, drawing: Drawing, seed: int, **told: object) -> Image.Image:
+    return teller.diffusion(
+        **told,
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+        generator=seeded_generator(seed),
+    ).images[0]
