@@ -6,6 +6,7 @@
     align                stage 1: captions to pictures
     finetune             stage 2: interleaved stories
     image-adapter        teach the frozen LLM to see pictures
+    evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
 
@@ -31,6 +32,9 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value"
         )
         command.add_argument("--recipe", type=Path, help="a TOML file, see trainer/recipes/")
+        if name == "evaluate":
+            command.add_argument("--stories", type=int, help="how many held-out stories")
+            command.add_argument("--seed", type=int, help="another seed takes other stories")
         if name in ("align", "finetune"):
             command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
         if name in ("align", "finetune", "storybook-diffusion", "image-adapter"):
@@ -101,6 +105,16 @@ def _image_adapter(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from .evaluate import EvaluateRecipe, evaluate
+    from .recipe import load_recipe
+
+    given = {"stories": arguments.stories, "seed": arguments.seed}
+    changes = [f"{name}={value}" for name, value in given.items() if value is not None]
+    evaluate(load_recipe(EvaluateRecipe, arguments.recipe, arguments.set + changes), arguments.out)
+    return 0
+
+
 def _bundle(arguments: argparse.Namespace) -> int:
     from .recipe import load_recipe
     from .storybook.bundle import BundleRecipe, write_bundle
@@ -118,6 +132,10 @@ COMMANDS = {
     "image-adapter": (
         _image_adapter,
         "teach the frozen LLM to see: trains an image encoder and its projector",
+    ),
+    "evaluate": (
+        _evaluate,
+        "the benchmark: vokens beside the two-stage pipeline, with intervals and a report",
     ),
     "storybook-score": (_score, "illustrate held-out stories, their sentences given, and score the pictures"),
     "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),

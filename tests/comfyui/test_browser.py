@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -91,11 +92,14 @@ def run(page):
 
 
 def wait_for_end(page):
-    page.wait_for_function(
-        "async () => { const answer = await (await fetch('/queue')).json();"
-        " return !answer.queue_running.length && !answer.queue_pending.length }",
-        timeout=240_000,
-    )
+    """Asked from here: in wait_for_function the promise of an async function counts as true at once."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        queue = page.evaluate("async () => (await fetch('/queue')).json()")
+        if not queue["queue_running"] and not queue["queue_pending"]:
+            return
+        page.wait_for_timeout(250)
+    raise AssertionError("the queue did not end within 240 s")
 
 
 def test_the_quickstart_from_template_to_reading_view(open_page):
