@@ -21,7 +21,7 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import voken_loss
 from minigpt5_core.mapper import Mapper
 
-from .contexts import ContextCache, Passage, caption_ids, caption_passage, story_passage
+from .contexts import ContextCache, Passage, block_states, caption_ids, caption_passage, story_passage
 from .stage import (
     PictureLosses,
     Run,
@@ -50,8 +50,7 @@ MOST_CAPTIONS = 8000  # of about 9,500 different ones that are not held out
 class AlignRecipe(StageRecipe):
     """Stage 1's own settings: how many different captions, all of them cached in front of the voken block.
 
-    `stories` adds as many stories, whose every picture stands behind the story's text so far. With `row_rate` 0 only
-    the mapper learns, and the LLM is run just once.
+    `stories` adds as many stories, whose every picture stands behind the story's text so far.
     """
 
     captions: int = 3000
@@ -128,8 +127,6 @@ def train_align(
     trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
     start = run.resume() if resume else 0
     cache = ContextCache(llm, passages(llm, recipe), dtype=torch.float16)
-    if not recipe.row_rate:  # nothing of the LLM learns, so its states are the same in every step
-        cache.keep_states(llm)
     picture_losses = PictureLosses(recipe, mapper, targets)
 
     def one_step(step: int) -> dict[str, float]:
@@ -140,7 +137,7 @@ def train_align(
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
             latents = picture_latents(pipeline, states, draw)
         captions = [state.caption() for state in states]
-        losses = picture_losses(cache.states(llm, contexts), captions, latents, generator)
+        losses = picture_losses(block_states(llm, contexts), captions, latents, generator)
         wanted = torch.full((recipe.batch,), llm.voken_ids[0], device=llm.device)
         losses["text"] = voken_loss(llm.logits(torch.stack([context.last for context in contexts])), wanted)
         optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))

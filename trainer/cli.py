@@ -5,7 +5,9 @@
     storybook-scorer     train the classifier that measures pictures
     align                stage 1: captions to pictures
     finetune             stage 2: interleaved stories
+    mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
+    caption-adapter      the benchmark's rival: the LLM writes captions
     evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
@@ -35,9 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--stories", type=int, help="how many held-out stories")
             command.add_argument("--seed", type=int, help="another seed takes other stories")
-        if name in ("align", "finetune"):
+        if name in ("align", "finetune", "mapper"):
             command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
-        if name in ("align", "finetune", "storybook-diffusion", "image-adapter"):
+        if name in ("align", "finetune", "mapper", "storybook-diffusion", "image-adapter"):
             command.add_argument(
                 "--from", dest="start", type=Path, help="an earlier run's --out folder to go on from"
             )
@@ -59,6 +61,15 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(FinetuneRecipe, arguments.recipe, arguments.set)
     train_finetune(recipe, arguments.out, arguments.start, arguments.resume)
+    return 0
+
+
+def _mapper(arguments: argparse.Namespace) -> int:
+    from .mapper_only import MapperRecipe, train_mapper
+    from .recipe import load_recipe
+
+    recipe = load_recipe(MapperRecipe, arguments.recipe, arguments.set)
+    train_mapper(recipe, arguments.out, arguments.start, arguments.resume)
     return 0
 
 
@@ -105,6 +116,14 @@ def _image_adapter(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _caption_adapter(arguments: argparse.Namespace) -> int:
+    from .caption_adapter import CaptionAdapterRecipe, train_caption_adapter
+    from .recipe import load_recipe
+
+    train_caption_adapter(load_recipe(CaptionAdapterRecipe, arguments.recipe, arguments.set), arguments.out)
+    return 0
+
+
 def _evaluate(arguments: argparse.Namespace) -> int:
     from .evaluate import EvaluateRecipe, evaluate
     from .recipe import load_recipe
@@ -129,9 +148,14 @@ COMMANDS = {
     "storybook-scorer": (_scorer, "train the classifier that measures pictures"),
     "align": (_align, "stage 1: captions to pictures; trains voken rows and mapper"),
     "finetune": (_finetune, "stage 2: interleaved stories; trains LoRA, voken rows and mapper"),
+    "mapper": (_mapper, "trains the mapper alone, on what an LLM with its adapter says"),
     "image-adapter": (
         _image_adapter,
         "teach the frozen LLM to see: trains an image encoder and its projector",
+    ),
+    "caption-adapter": (
+        _caption_adapter,
+        "the benchmark's rival: an LLM tuned to write captions for its pictures",
     ),
     "evaluate": (
         _evaluate,

@@ -7,7 +7,7 @@ all its pictures.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,15 +34,13 @@ class Context:
     """All that stands before one picture.
 
     `values` (layers, 2, heads, S, d) are the whole passage's keys and values, of which the first `length` positions
-    count; `last` (L,) is the state that predicts [IMG0]. Where nothing of the LLM learns, `voken_states` (V, L) stand
-    in place of `values`.
+    count; `last` (L,) is the state that predicts [IMG0].
     """
 
-    values: Tensor | None
+    values: Tensor
     length: int
     last: Tensor
     state: State
-    voken_states: Tensor | None = None
 
 
 def caption_ids(llm: FrozenLLM, caption: str) -> list[int]:
@@ -82,21 +80,6 @@ class ContextCache:
                 self.contexts += _contexts(llm, part, dtype)
                 bar.update(len(part))
         self.contexts.sort(key=lambda context: context.length)
-
-    def keep_states(self, llm: FrozenLLM, batch: int = 16) -> None:
-        """Runs the voken blocks once and for all, and lets go of the keys and values."""
-        with torch.no_grad():
-            for first in range(0, len(self.contexts), batch):
-                part = self.contexts[first : first + batch]
-                kept = zip(part, block_states(llm, part), strict=True)
-                self.contexts[first : first + batch] = [
-                    replace(context, values=None, voken_states=states.clone()) for context, states in kept
-                ]
-
-    def states(self, llm: FrozenLLM, contexts: Sequence[Context]) -> Tensor:
-        """Voken states (B, V, L) behind contexts of this cache."""
-        kept = [context.voken_states for context in contexts if context.voken_states is not None]
-        return torch.stack(kept) if kept else block_states(llm, contexts)
 
     def draw(self, batch: int, chance: random.Random) -> list[Context]:
         """`batch` contexts, drawn from a stretch of neighbours in length around a random one."""
@@ -143,9 +126,8 @@ def block_states(llm: FrozenLLM, contexts: Sequence[Context]) -> Tensor:
 
 
 def _past(contexts: Sequence[Context], longest: int) -> DynamicCache:
-    past = [context.values for context in contexts if context.values is not None]
-    layers, two, heads, _, width = past[0].shape
+    layers, two, heads, _, width = contexts[0].values.shape
     values = contexts[0].last.new_zeros(layers, two, len(contexts), heads, longest, width)
-    for row, (context, kept) in enumerate(zip(contexts, past, strict=True)):
-        values[:, :, row, :, longest - context.length :] = kept[:, :, :, : context.length]
+    for row, context in enumerate(contexts):
+        values[:, :, row, :, longest - context.length :] = context.values[:, :, :, : context.length]
     return DynamicCache([(layer[0], layer[1]) for layer in values])

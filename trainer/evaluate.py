@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from PIL import Image
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM, load_llm
+from minigpt5_core.llm_files import default_llm
 from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference, frechet_distance
 from minigpt5_core.pipeline import Parts, StoryTeller, load
 from minigpt5_core.weights import load_mapper
@@ -36,7 +39,7 @@ COLUMNS = (
     "caption_hero", "caption_prop", "caption_place", "caption_time",
 )  # fmt: skip
 LEAST_FOR_FID = 400  # pictures a side
-ROWS = ("vokens", "vokens_reference", "two_stage", "two_stage_history", "oracle")
+ROWS = ("vokens", "vokens_reference", "two_stage", "two_stage_history", "two_stage_caption", "oracle")
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class EvaluateRecipe:
     mapper: str = ""
     diffusion: str = ""
     reference_mapper: str = "storybook/benchmark/reference_mapper.safetensors"
+    caption_adapter: str = "storybook/benchmark/caption_adapter"
     scorer: str = "storybook/scorer.safetensors"
 
     def __post_init__(self) -> None:
@@ -112,9 +116,19 @@ def _rows(recipe: EvaluateRecipe, teller: StoryTeller) -> dict[str, Row]:
         ),
         "two_stage": lambda: rows.two_stage(teller, drawing, rows.sentences),
         "two_stage_history": lambda: rows.two_stage(teller, drawing, rows.histories),
+        "two_stage_caption": lambda: rows.captioned(teller, drawing, _captioning_llm(recipe)),
         "oracle": lambda: rows.two_stage(teller, drawing, rows.true_captions),
     }
     return {name: ways[name]() for name in recipe.rows}
+
+
+def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
+    """The LLM with the rival's adapter, which PEFT reads: it holds no voken rows."""
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    llm = load_llm(folder)
+    adapted = PeftModel.from_pretrained(llm.causal_lm, recipe.caption_adapter)
+    llm.causal_lm = adapted.merge_and_unload().eval()
+    return llm
 
 
 def _draw(name: str, row: Row, told: list[list[TrueScene]], seed: int) -> list[list[Drawn]]:

@@ -252,6 +252,15 @@ class Run:
         self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
     ) -> None:
         """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
+        self.save_mapper(mapper, llm_folder, step, **notes)
+        adapted.peft_config[
+            "default"
+        ].base_model_name_or_path = llm_folder.name  # a path would say whose machine
+        adapted.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)
+        (self.out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+
+    def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
+        """Writes `mapper.safetensors` alone."""
         trained = {
             "stage": self.stage,
             "steps": step,
@@ -267,11 +276,6 @@ class Run:
             trained,
         )
         save_mapper(self.out / "mapper.safetensors", mapper, header)
-        adapted.peft_config[
-            "default"
-        ].base_model_name_or_path = llm_folder.name  # a path would say whose machine
-        adapted.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)
-        (self.out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
     @torch.no_grad()
     def preview(

@@ -18,6 +18,7 @@ from minigpt5_core.pipeline import StoryTeller, picture_tensor, prompt_arguments
 from minigpt5_core.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts
 
+from ..caption_adapter import CAPTIONING, CLOSE, OPEN, caption_prompt
 from ..contexts import caption_ids
 from .stories import TrueScene
 
@@ -83,6 +84,22 @@ def two_stage(
             began = time.perf_counter()
             picture = draw_prompt(teller, drawing, prompt, seed + index)
             yield Drawn(picture, 0, time.perf_counter() - began)
+
+    return draw
+
+
+def captioned(teller: StoryTeller, drawing: Drawing, llm: FrozenLLM) -> Row:
+    """The strongest rival: an LLM tuned for it writes a full caption behind each sentence, and that is drawn."""
+
+    def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
+        told: list[Turn] = []
+        cache = StoryCache()
+        for index, scene in enumerate(scenes):
+            began = time.perf_counter()
+            reply = generate(llm, [caption_prompt(llm, told, scene)], CAPTIONING, [0], cache)[0]
+            told.append(Turn(scene.request, f"{scene.text}{OPEN}{reply.text}{CLOSE}", picture=False))
+            picture = draw_prompt(teller, drawing, reply.text, seed + index)
+            yield Drawn(picture, len(reply.ids), time.perf_counter() - began)
 
     return draw
 

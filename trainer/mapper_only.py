@@ -1,0 +1,128 @@
+"""Trains the mapper alone, on the voken states of an LLM and an adapter that stay as they are.
+
+    python -m trainer mapper --from runs/finetune --out runs/mapper
+
+The LLM is run once over every story, so a step costs a hundredth of finetune's: for another diffusion model, another
+shape of mapper, or a text encoder that has changed.
+"""
+
+import random
+import shutil
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
+from minigpt5_core.llm_files import default_llm
+from minigpt5_core.mapper import Mapper
+from minigpt5_core.prompts import Turn
+from minigpt5_core.vision import load_image_adapter
+
+from .align import caption_states, picture_latents
+from .finetune import as_turns, story_losses, story_sequence
+from .showing import shown_turns, told_scenes
+from .stage import (
+    PictureLosses,
+    Run,
+    StageRecipe,
+    Targets,
+    Trained,
+    earlier_mapper,
+    load_diffusion,
+    new_mapper,
+    optimise,
+    step_generator,
+    train,
+)
+from .storybook.stories import stories
+from .storybook.world import State
+
+
+@dataclass(frozen=True)
+class MapperRecipe(StageRecipe):
+    """`batch` counts pictures. `fresh` begins with a new mapper instead of the earlier run's. With an `image_adapter`
+    pictures are shown in a `shown_share` of the stories."""
+
+    stories: int = 300
+    captions: int = 300
+    fresh: bool = False
+    image_adapter: str = ""
+    shown_share: float = 0.3
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Voken states (N, V, L) in half precision, and what each picture should show."""
+
+    states: Tensor
+    shows: list[State]
+
+
+@torch.no_grad()
+def remember(recipe: MapperRecipe, llm: FrozenLLM) -> Remembered:
+    """Runs the LLM over all stories and captions, once."""
+    draw = random.Random(f"mapper/{recipe.seed}")
+    sequences, shows = [], []
+    for scenes in islice(stories(recipe.seed), recipe.stories):
+        shown = recipe.image_adapter and draw.random() < recipe.shown_share
+        turns = shown_turns(llm, scenes, draw) if shown else as_turns(scenes)
+        sequences.append(story_sequence(llm, turns))
+        shows += [scene.state for scene in told_scenes(scenes, turns)]
+    for state in caption_states(recipe.captions, recipe.seed).values():
+        sequences.append(story_sequence(llm, [Turn(state.caption(), "")]))
+        shows.append(state)
+    parts = [sequences[first : first + 4] for first in range(0, len(sequences), 4)]
+    states = [story_losses(llm, part)[0].half() for part in tqdm(parts, desc="voken states", mininterval=5)]
+    return Remembered(torch.cat(states), shows)
+
+
+def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resume: bool = False) -> Mapper:
+    """Leaves `mapper.safetensors` and the earlier run's `adapter/` in `out`; returns the mapper."""
+    if start_from is None or not (start_from / "adapter").is_dir():
+        raise BadInputError(
+            f"--from {start_from} holds no adapter/. Give the --out folder of an align or finetune run: a mapper is "
+            "trained on what the LLM says with that adapter."
+        )
+    torch.manual_seed(recipe.seed)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    run = Run(recipe, out, "mapper", accelerator, resume)
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    llm = load_adapter(load_llm(folder, recipe.vokens, device=accelerator.device), start_from / "adapter")
+    if recipe.image_adapter:
+        llm.image_encoder = load_image_adapter(Path(recipe.image_adapter))[0].to(llm.device)
+    pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
+    targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
+    mapper = new_mapper(recipe, llm, targets) if recipe.fresh else earlier_mapper(recipe, llm, start_from)
+    trained = Trained(mapper, [])
+    optimizer = torch.optim.AdamW(mapper.parameters(), recipe.mapper_rate, weight_decay=recipe.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
+    trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
+    start = run.resume() if resume else 0
+    known = remember(recipe, llm)
+    picture_losses = PictureLosses(recipe, mapper, targets)
+
+    def one_step(step: int) -> dict[str, float]:
+        draw, generator = step_generator(recipe.seed, step)
+        rows = draw.choices(range(len(known.shows)), k=recipe.batch)
+        shows = [known.shows[row] for row in rows]
+        latents = None
+        if recipe.image_weight and step > recipe.image_from * recipe.steps:
+            latents = picture_latents(pipeline, shows, draw)
+        captions = [state.caption() for state in shows]
+        losses = picture_losses(known.states[rows].float(), captions, latents, generator)
+        optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def save(step: int) -> None:
+        run.save_mapper(mapper, folder, step, data="storybook")
+        shutil.copytree(start_from / "adapter", out / "adapter", dirs_exist_ok=True)
+
+    train(run, start, one_step, save)
+    return mapper
