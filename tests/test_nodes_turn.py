@@ -1,12 +1,15 @@
 """A toy LLM in the graph: loaded, adapted by patches, and telling one turn with ComfyUI's progress and Cancel."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from minigpt5_core.llm import load_adapter, load_llm
 from minigpt5_core.prompts import NEXT
-from minigpt5_core.weights import hash_weights
+from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
+from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
 
 SHORT = {"max_new_tokens": 6, "temperature": 1.0}
 
@@ -238,3 +241,74 @@ def test_an_opening_longer_than_the_llm_reads_is_refused(tell, pack):
     long = pack.part("nodes.sockets").StorySoFar("Mia " * 200)
     with pytest.raises(ValueError, match="Shorten the prompt"):
         tell(long)
+
+
+# What the LLM sees
+
+
+@pytest.fixture
+def seeing(pack, models, tiny_llm_folder):
+    """The toy LLM with an image adapter in its folder."""
+    folder = models / "LLM" / "seeing"
+    folder.mkdir()
+    for file in tiny_llm_folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    torch.manual_seed(0)
+    config = ImageEncoderConfig(
+        llm_width=32, size=16, tokens=3, channels=[4, 4], hidden=12, heads=2, layers=1
+    )
+    save_image_adapter(folder / IMAGE_ADAPTER, ImageEncoder(config), ImageAdapterHeader("tiny", 32, "", {}))
+    return pack.run("MiniGPT5LoadLLM", llm_name="seeing").args[0]
+
+
+@pytest.fixture
+def shown(pack, monkeypatch):
+    """Which pages' pictures each turn was shown, and whether a block stood in front of it."""
+    module, asked = pack.part("minigpt5_core.prompts"), []
+    plain = module.fit_chat
+
+    def listen(llm, turns, room):
+        asked.append([(turn.picture, turn.shown is not None) for turn in turns])
+        return plain(llm, turns, room)
+
+    monkeypatch.setattr(module, "fit_chat", listen)
+    return asked
+
+
+def test_an_llm_with_an_image_adapter_keeps_its_eyes_with_its_weights(seeing, llm):
+    assert any(name.startswith("image_encoder.") for name in seeing.patcher.model.state_dict())
+    assert not any(name.startswith("image_encoder.") for name in llm.patcher.model.state_dict())
+
+
+def test_an_llm_that_sees_is_shown_a_users_picture_in_place_of_a_block(pack, tell, seeing, shown):
+    (story,) = pack.run("MiniGPT5Story", text="", image=torch.rand(1, 20, 16, 3)).args
+    tell(story, llm=seeing)
+    tell(story)  # the blind one
+    assert shown == [[(False, True), (True, False)], [(True, False), (True, False)]]
+
+
+def test_an_llm_that_sees_is_shown_behind_its_block_what_came_of_it(pack, tell, seeing, shown, opening):
+    story = tell(opening, llm=seeing)[0]
+    (story,) = pack.run("MiniGPT5AddPicture", story=story, image=torch.rand(1, 16, 16, 3)).args
+    tell(story, llm=seeing)
+    assert shown[1] == [(True, True), (True, False)]
+
+
+# What the storybook cannot draw
+
+
+def test_words_outside_the_storybooks_world_are_named_on_the_outer_node(pack, host, llm, opening, caplog):
+    adapted = dataclasses.replace(llm, adapters=("storybook",))
+    given = {"llm": adapted, "instruction": "A dragon lands.", **SHORT, "story": opening}
+    host("server").sent.clear()
+    pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9.0.0.scene_1_turn"}, **given)
+    ((text, node, _),) = host("server").sent
+    assert "cannot draw these words: dragon, lands." in text and node == "9"
+    assert text in caplog.text
+
+
+def test_other_adapters_may_draw_dragons(pack, host, llm, opening):
+    host("server").sent.clear()
+    given = {"llm": llm, "story": opening, "instruction": "A dragon lands.", **SHORT}
+    pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9"}, **given)
+    assert not host("server").sent

@@ -2,15 +2,17 @@
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.weights import load_mapper, save_mapper
+from minigpt5_core.vision import load_image_adapter, save_image_adapter
+from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper, save_mapper
 
 from .sample import write_world
 
@@ -19,16 +21,22 @@ LARGEST_FILE = 16 * 2**20
 
 @dataclass(frozen=True)
 class BundleRecipe:
-    """Where the parts are: a diffusers folder, a finetune run's folder, a scorer; an empty one is left as it was."""
+    """Where the parts are: a diffusers folder, runs' folders, a scorer; an empty one is left as it was.
+
+    `reference` is a run of the mapper alone, `captions` the rival's adapter: both are for the benchmark only.
+    """
 
     diffusion: str = ""
     finetune: str = ""
+    image_adapter: str = ""
     scorer: str = ""
+    reference: str = ""
+    captions: str = ""
 
 
 def write_bundle(recipe: BundleRecipe, out: Path) -> None:
     """Writes the parts the recipe names below `out`. Raises BadInputError for a file over 16 MB."""
-    for source in (recipe.diffusion, recipe.finetune, recipe.scorer):
+    for source in asdict(recipe).values():
         if source and not Path(source).exists():
             raise BadInputError(f"There is nothing at {source}. Name what training wrote, or leave it out.")
     (out / "voken_mappers").mkdir(parents=True, exist_ok=True)
@@ -39,6 +47,14 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
         pipeline.save_pretrained(out / "diffusers")
     if recipe.finetune:
         _write_finetuned(Path(recipe.finetune), out)
+    if recipe.image_adapter:
+        encoder, header = load_image_adapter(Path(recipe.image_adapter) / IMAGE_ADAPTER)
+        save_image_adapter(out / "LLM" / IMAGE_ADAPTER, encoder.half(), header)
+    if recipe.reference:
+        mapper, mapper_header = load_mapper(Path(recipe.reference) / "mapper.safetensors")
+        save_mapper(out / "benchmark" / "reference_mapper.safetensors", mapper.half(), mapper_header)
+    if recipe.captions:
+        _write_adapter(Path(recipe.captions) / "adapter", out / "benchmark" / "caption_adapter")
     if recipe.scorer:
         shutil.copyfile(recipe.scorer, out / "scorer.safetensors")
     _forget_paths(out / "diffusers")
@@ -53,13 +69,14 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
 def _write_finetuned(run: Path, out: Path) -> None:
     mapper, header = load_mapper(run / "mapper.safetensors")
     save_mapper(out / "voken_mappers" / "storybook.safetensors", mapper.half(), header)
-    adapter = out / "loras" / "storybook"
-    adapter.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / "adapter" / "adapter_config.json", adapter / "adapter_config.json")
-    weights = load_file(run / "adapter" / "adapter_model.safetensors")
-    save_file(
-        {name: weight.half() for name, weight in weights.items()}, adapter / "adapter_model.safetensors"
-    )
+    _write_adapter(run / "adapter", out / "loras" / "storybook")
+
+
+def _write_adapter(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
+    weights = load_file(source / ADAPTER_WEIGHTS)
+    save_file({name: weight.half() for name, weight in weights.items()}, target / ADAPTER_WEIGHTS)
 
 
 def _forget_paths(folder: Path) -> None:

@@ -30,7 +30,7 @@ from ..progress import Progress, grid, interrupts
 from .autoencoder import AutoencoderRecipe, to_tensor, train_autoencoder
 from .render import render_with_figures
 from .stories import stories, training_state
-from .world import COMPANIONS, HEROES, PROPS, TIMES, State
+from .world import COMPANIONS, HEROES, PLACES, PROPS, TIMES, State
 
 TOKENS = 77
 PREVIEW = (
@@ -62,7 +62,7 @@ class DiffusionRecipe:
     empty_share: float = 0.1
     min_snr_gamma: float = 5.0
     figure_weight: float = 1.0
-    margin: float = 0.45
+    margin: float = 0.4
     margin_weight: float = 0.1
     ema_decay: float = 0.998
     text_width: int = 128
@@ -282,9 +282,12 @@ def closeness(
 
 
 def change_a_fact(state: State, draw: random.Random) -> State:
-    """The state with another hero, prop, time or companion."""
-    known = {"hero": tuple(HEROES), "prop": (None, *PROPS), "time": TIMES, "companion": (None, *COMPANIONS)}
-    fact = draw.choices(tuple(known), (2, 5, 2, 1))[0]
+    """The state with one fact of it another."""
+    known = {
+        "hero": tuple(HEROES), "prop": (None, *PROPS), "place": tuple(PLACES), "time": TIMES,
+        "companion": (None, *COMPANIONS),
+    }  # fmt: skip
+    fact = draw.choices(tuple(known), (2, 4, 2, 2, 1))[0]
     return state.but(**{fact: draw.choice([value for value in known[fact] if value != getattr(state, fact)])})
 
 
