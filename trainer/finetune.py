@@ -42,18 +42,20 @@ from .stage import (
     train,
     voken_tables,
 )
-from .storybook.stories import TrueScene, stories
+from .storybook.stories import TrueScene, stories, training_state
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe(StageRecipe):
-    """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories.
+    """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories, beside which `captions` single
+    captions keep what stage 1 taught.
 
     With an `image_adapter` the LLM is shown pictures, in a `shown_share` of the stories, and asked `questions` times a
     step what one shows; the image adapter itself stays as it is.
     """
 
     stories: int = 2000
+    captions: int = 0
     image_adapter: str = ""
     shown_share: float = 0.5
     questions: int = 2
@@ -209,12 +211,15 @@ def train_finetune(
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # LoRA's dropout
         batch = draw.sample(data, recipe.batch)
         told = [_turns(llm, recipe, scenes, draw) for scenes in batch]
+        shows = [s.state for story, turns in zip(batch, told, strict=True) for s in told_scenes(story, turns)]
+        alone = [training_state(draw) for _ in range(recipe.captions)]
+        told += [[Turn(state.caption(), "")] for state in alone]
+        shows += alone
         states, text_loss = story_losses(llm, [story_sequence(llm, turns) for turns in told])
-        scenes = [s for story, turns in zip(batch, told, strict=True) for s in told_scenes(story, turns)]
         latents = None
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
-            latents = picture_latents(pipeline, [scene.state for scene in scenes], draw)
-        losses = picture_losses(states, [scene.caption for scene in scenes], latents, generator)
+            latents = picture_latents(pipeline, shows, draw)
+        losses = picture_losses(states, [state.caption() for state in shows], latents, generator)
         losses["text"] = text_loss
         if recipe.image_adapter and recipe.questions:
             asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.questions, draw)]
