@@ -12,8 +12,10 @@ from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
 from .storybook.autoencoder import to_tensor
 from .storybook.render import render
 from .storybook.scorer import weather
-from .storybook.stories import TrueScene, training_state
+from .storybook.stories import TrueScene, change_a_fact, training_state
 from .storybook.world import State
+
+MISDRAWN = 0.3  # of the pictures shown behind their blocks, the share in which a fact is wrong
 
 
 def soft_pictures(states: Sequence[State], draw: random.Random) -> Tensor:
@@ -31,13 +33,22 @@ def see(llm: FrozenLLM, states: Sequence[State], draw: random.Random) -> list[Te
 def shown_turns(llm: FrozenLLM, scenes: Sequence[TrueScene], draw: random.Random) -> list[Turn]:
     """A story as it may be met: each picture asked for by vokens, shown as well, or given by the reader.
 
-    It mostly begins with a given picture, half of these without a word; the last scene is always the LLM's own.
+    It mostly begins with a given picture, half of these without a word; the last scene is always the LLM's own. What
+    is shown behind a block may differ from what was asked for, as a diffusion model's work does: the story then goes on
+    as it was told.
     """
-    images = see(llm, [scene.state for scene in scenes], draw)
+    given_scenes = [
+        draw.random() < (0.6 if index == 0 else 0.15) and index < len(scenes) - 1
+        for index in range(len(scenes))
+    ]
+    drawn = [
+        scene.state if given or draw.random() > MISDRAWN else change_a_fact(scene.state, draw)
+        for scene, given in zip(scenes, given_scenes, strict=True)
+    ]
+    images = see(llm, drawn, draw)
     often = draw.random()  # some stories are shown whole, some hardly at all
     turns = []
-    for index, (scene, image) in enumerate(zip(scenes, images, strict=True)):
-        given = draw.random() < (0.6 if index == 0 else 0.15) and index < len(scenes) - 1
+    for index, (scene, given, image) in enumerate(zip(scenes, given_scenes, images, strict=True)):
         silent = given and draw.random() < 0.5
         request = draw.choice((scene.request, scene.text)) if given else scene.request
         shown = image if given or draw.random() < often else None

@@ -29,8 +29,8 @@ from minigpt5_core.losses import compute_snr, diffusion_loss
 from ..progress import Progress, grid, interrupts
 from .autoencoder import AutoencoderRecipe, to_tensor, train_autoencoder
 from .render import render_with_figures
-from .stories import stories, training_state
-from .world import COMPANIONS, HEROES, PLACES, PROPS, TIMES, State
+from .stories import change_a_fact, stories, training_state
+from .world import State
 
 TOKENS = 77
 PREVIEW = (
@@ -279,16 +279,6 @@ def closeness(
     spread = encoded.detach().std(0).clamp(min=1e-2)
     here, there = encoded.chunk(2)
     return (margin - ((here - there) / spread).square().mean((1, 2))).relu().mean()
-
-
-def change_a_fact(state: State, draw: random.Random) -> State:
-    """The state with one fact of it another."""
-    known = {
-        "hero": tuple(HEROES), "prop": (None, *PROPS), "place": tuple(PLACES), "time": TIMES,
-        "companion": (None, *COMPANIONS),
-    }  # fmt: skip
-    fact = draw.choices(tuple(known), (2, 4, 2, 2, 1))[0]
-    return state.but(**{fact: draw.choice([value for value in known[fact] if value != getattr(state, fact)])})
 
 
 @torch.no_grad()

@@ -95,6 +95,16 @@ def training_state(draw: random.Random) -> State:
     return state
 
 
+def change_a_fact(state: State, draw: random.Random) -> State:
+    """The state with one fact of it another."""
+    known = {
+        "hero": tuple(HEROES), "prop": (None, *PROPS), "place": tuple(PLACES), "time": TIMES,
+        "companion": (None, *COMPANIONS),
+    }  # fmt: skip
+    fact = draw.choices(tuple(known), (2, 4, 2, 2, 1))[0]
+    return state.but(**{fact: draw.choice([value for value in known[fact] if value != getattr(state, fact)])})
+
+
 class _Teller:
     """Words of one story: who it is about, and by which name or pronoun the next sentence calls them."""
 
