@@ -212,10 +212,15 @@ def train_finetune(
         batch = draw.sample(data, recipe.batch)
         told = [_turns(llm, recipe, scenes, draw) for scenes in batch]
         shows = [s.state for story, turns in zip(batch, told, strict=True) for s in told_scenes(story, turns)]
-        alone = [training_state(draw) for _ in range(recipe.captions)]
-        told += [[Turn(state.caption(), "")] for state in alone]
-        shows += alone
         states, text_loss = story_losses(llm, [story_sequence(llm, turns) for turns in told])
+        if (
+            recipe.captions
+        ):  # a batch of their own: padded to a story's length they would cost as much as stories
+            alone = [training_state(draw) for _ in range(recipe.captions)]
+            sequences = [story_sequence(llm, [Turn(state.caption(), "")]) for state in alone]
+            more, caption_text = story_losses(llm, sequences)
+            states, text_loss = torch.cat((states, more)), text_loss + caption_text
+            shows += alone
         latents = None
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
             latents = picture_latents(pipeline, shows, draw)

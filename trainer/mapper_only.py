@@ -38,6 +38,7 @@ from .stage import (
     load_diffusion,
     new_mapper,
     optimise,
+    scale_to,
     step_generator,
     train,
 )
@@ -100,6 +101,7 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
     mapper = new_mapper(recipe, llm, targets) if recipe.fresh else earlier_mapper(recipe, llm, start_from)
+    scale_to(mapper, targets)  # the earlier run may have listened to another text encoder
     trained = Trained(mapper, [])
     optimizer = torch.optim.AdamW(mapper.parameters(), recipe.mapper_rate, weight_decay=recipe.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)

@@ -117,10 +117,15 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
             f"tokens is {recipe.tokens}, but the text encoder gives {len(targets.mean)}: caption alignment compares "
             "them one by one. Set caption_weight=0, or leave tokens as it is."
         )
-    if isinstance(mapper, CompactMapper) and recipe.tokens == len(targets.mean):
+    scale_to(mapper, targets)
+    return mapper
+
+
+def scale_to(mapper: Mapper, targets: Targets) -> None:
+    """Lets a compact mapper answer in the text encoder's scale; one of another kind, or number of tokens, stays."""
+    if isinstance(mapper, CompactMapper) and mapper.config.tokens == len(targets.mean):
         mapper.target_mean.copy_(targets.mean)
         mapper.target_std.copy_(targets.deviation)
-    return mapper
 
 
 def recipe_space(recipe: StageRecipe) -> Space:
