@@ -79,9 +79,10 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    mapper, _ = load_mapper(Path(recipe.mapper))
-    llm = load_adapter(load_llm(folder, mapper.config.vokens), Path(recipe.adapter))
-    llm.image_encoder = encoder = _encoder(recipe, llm, start)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mapper = load_mapper(Path(recipe.mapper))[0].to(device)
+    llm = load_adapter(load_llm(folder, mapper.config.vokens, device=device), Path(recipe.adapter))
+    llm.image_encoder = encoder = _encoder(recipe, llm, start).to(device)
     steps = f"{recipe.word_steps} + {recipe.story_steps}"
     trained = {
         "stage": "image adapter",
@@ -148,7 +149,7 @@ def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, s
     encoder = llm.image_encoder
     assert encoder is not None
     some = [state.caption() for state in _states(random.Random(1), 500)]
-    targets = Targets(load_diffusion(Path(recipe.diffusion)), some)
+    targets = Targets(load_diffusion(Path(recipe.diffusion)).to(llm.device), some)
     draw = random.Random(f"stories/{recipe.seed}")
     told = stories(recipe.seed + 1000)
 

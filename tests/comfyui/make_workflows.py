@@ -16,7 +16,7 @@ ROOT = HERE.parents[1]
 COLUMN, GAP, ROW = 400, 50, 24  # pixels between columns, between nodes, of a widget
 TALL = 110  # a multi-line text
 PREVIEW = 240  # what a node shows of its result while it runs
-SHOWING = ("MiniGPT5Interleaver", "MiniGPT5AddPicture", "KSampler")
+SHOWING = ("MiniGPT5Interleaver", "MiniGPT5AddPicture")
 HEIGHTS = {
     "MiniGPT5ViewStory": 520, "MiniGPT5SaveStory": 320, "PreviewImage": 300, "LoadImage": 320, "PreviewAny": 120,
 }  # fmt: skip
@@ -28,7 +28,8 @@ Link = list[Any]
 class Builder:
     """Collects nodes: `add(class, title, **inputs)` returns a function from output number to link.
 
-    Nodes added while `row` is the same stand side by side; the next row stands below.
+    Nodes added while `row` is the same form a row, and the next row stands below. In a graph of several rows the first
+    is for what all use: its nodes stand side by side in their order.
     """
 
     def __init__(self) -> None:
@@ -168,9 +169,11 @@ def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float)
 def blended() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
-    told = turn(builder, llm, builder.add("MiniGPT5Story", text=MIA)(), "", 0, "")
+    story = builder.add("MiniGPT5Story", text=MIA)
+    builder.row = 1
+    told = turn(builder, llm, story(), "", 0, "")
     text = builder.add("CLIPTextEncode", text="a fox in the snow by day", clip=diffusion(1))
-    for builder.row, strength in ((1, 0.0), (2, 0.5)):
+    for builder.row, strength in ((2, 0.0), (3, 0.5)):
         steering = builder.add(
             "MiniGPT5VokensToConditioning", f"text {strength}", vokens=told(2), mapper=mapper(), picture=1,
             text_strength=strength, model=diffusion(0), text=text(),
@@ -183,17 +186,19 @@ def blended() -> Builder:
 def two_stage() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
-    first = turn(builder, llm, builder.add("MiniGPT5Story", text=MIA)(), "", 0, "Scene 1: text")
+    story = builder.add("MiniGPT5Story", text=MIA)
+    builder.row = 1
+    first = turn(builder, llm, story(), "", 0, "Scene 1: text")
     told = turn(builder, llm, first(0), "Mia finds a red balloon.", 1, "Scene 2: text")
     builder.add("PreviewAny", "Scene 2 says", source=told(1))
-    builder.row = 1
+    builder.row = 2
     steering = builder.add(
         "MiniGPT5VokensToConditioning", vokens=told(2), mapper=mapper(), picture=1, text_strength=0.0,
         model=diffusion(0),
     )  # fmt: skip
     image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), 1, "from the vokens")
     builder.add("PreviewImage", "From the vokens: the story is known", images=image())
-    builder.row = 2
+    builder.row = 3
     text = builder.add("CLIPTextEncode", "the scene's own sentence", text=told(1), clip=diffusion(1))
     empty = builder.add("CLIPTextEncode", "negative", text="", clip=diffusion(1))
     image = draw(builder, diffusion(0), diffusion(2), text(), empty(), 1, "from the sentence")
@@ -274,7 +279,7 @@ vokens alone, 1 the text alone. Both pictures have the same seed.""",
         two_stage,
         """# Two-stage beside vokens
 
-The same scene, the same seed, two ways. In the middle row the story's vokens steer the picture. Below, the usual way:
+The same scene, the same seed, two ways. In the third row the story's vokens steer the picture. Below, the usual way:
 the scene's own sentence (**Scene 2 says**) goes through the text encoder. Such a sentence mostly does not say who she
 is or where; the vokens do.""",
     ),
@@ -292,7 +297,7 @@ def to_ui(builder: Builder, info: dict[str, Any], note: str) -> dict[str, Any]:
     for name, node in graph.items():
         if builder.rows[name] != row:
             top, row, bottoms = max(bottoms.values()) + GAP, builder.rows[name], {}
-        column = _depth(builder, name)
+        column = list(graph).index(name) if row == 0 < builder.row else _depth(builder, name)
         place = [COLUMN * column, bottoms.get(column, top)]
         height = _height(node, info[node["class_type"]])
         bottoms[column] = place[1] + height + GAP
@@ -321,7 +326,8 @@ def _depth(builder: Builder, name: str) -> int:
     """The node's column: behind all it needs of its row, but loaders stand together, and saving below viewing."""
     node, row = builder.graph[name], builder.rows[name]
     links = [value[0] for value in node["inputs"].values() if _is_link(value)]
-    step = node["class_type"] not in ("MiniGPT5LoadAdapter", "MiniGPT5SaveStory")
+    below = ("MiniGPT5LoadAdapter",) if builder.row else ("MiniGPT5LoadAdapter", "MiniGPT5SaveStory")
+    step = node["class_type"] not in below
     return max((_depth(builder, source) + step for source in links if builder.rows[source] == row), default=0)
 
 
