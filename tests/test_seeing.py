@@ -26,7 +26,10 @@ from trainer.finetune import FinetuneRecipe, story_losses, story_sequence, train
 from trainer.image_adapter import ImageAdapterRecipe, read_caption, train_image_adapter
 from trainer.mapper_only import MapperRecipe, train_mapper
 from trainer.showing import caption_turns, questions, shown_turns, told_scenes
+from trainer.storybook.identity import identity
+from trainer.storybook.render import render
 from trainer.storybook.stories import random_state, stories
+from trainer.storybook.world import State
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -222,3 +225,11 @@ def test_a_caption_is_asked_for_where_it_stands_in_training(tiny_llm):
         ids = caption_prompt(tiny_llm, captioned_turns(scenes[:index]), scene).ids
         caption = tiny_llm.encode(f"{scene.caption})")
         assert whole[: len(ids) + len(caption)] == ids + caption
+
+
+def test_a_hero_is_itself_wherever_it_stands_and_no_other():
+    state = State("fox", "beach", "day", "apple")
+    pictures = [render(state, random.Random(seed)) for seed in range(6)]
+    assert min(identity(pictures, "fox")[1:]) > 0.999
+    other = render(state.but(hero="bear"), random.Random(0))
+    assert identity([pictures[0], other], "fox")[1] < 0.9

@@ -26,6 +26,7 @@ from .progress import Progress, grid
 from .report import write_report
 from .storybook import rows
 from .storybook.autoencoder import to_tensor
+from .storybook.identity import identity
 from .storybook.render import render
 from .storybook.rows import Drawing, Drawn, Row
 from .storybook.scorer import Scorer, accuracy, load_scorer
@@ -35,11 +36,13 @@ from .storybook.world import State, held_out
 FACTS = ("hero", "prop", "place", "time")
 COLUMNS = (
     "hero", "prop", "place", "time", "hero_named", "hero_unnamed", "prop_named", "prop_carried", "consistency",
-    "image_similarity", "fid", "seconds_per_scene", "llm_tokens_per_scene",
+    "identity", "image_similarity", "fid", "seconds_per_scene", "llm_tokens_per_scene",
     "caption_hero", "caption_prop", "caption_place", "caption_time",
 )  # fmt: skip
 LEAST_FOR_FID = 400  # pictures a side
-ROWS = ("vokens", "vokens_reference", "two_stage", "two_stage_history", "two_stage_caption", "oracle")
+ROWS = (
+    "vokens", "vokens_reference", "vokens_consistent", "two_stage", "two_stage_history", "two_stage_caption", "oracle",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,9 @@ def _rows(recipe: EvaluateRecipe, teller: StoryTeller) -> dict[str, Row]:
         "vokens_reference": lambda: rows.vokens(
             teller, drawing, load_mapper(Path(recipe.reference_mapper))[0], recipe.feed_back
         ),
+        "vokens_consistent": lambda: rows.vokens(
+            teller, drawing, feed_back=recipe.feed_back, consistent=True
+        ),
         "two_stage": lambda: rows.two_stage(teller, drawing, rows.sentences),
         "two_stage_history": lambda: rows.two_stage(teller, drawing, rows.histories),
         "two_stage_caption": lambda: rows.captioned(teller, drawing, _captioning_llm(recipe)),
@@ -161,6 +167,7 @@ def measure(
         "prop_named": np.where(prop_named, right["prop"], np.nan),
         "prop_carried": np.where(carried, right["prop"], np.nan),
         "consistency": _consistency([len(story) for story in told], seen),
+        "identity": np.concatenate([_identity(*pair) for pair in zip(told, drawn, strict=True)]),
         "image_similarity": (features * true_features).sum(1) / lengths,
         "seconds_per_scene": np.array([scene.seconds for scene in flat]),
         "llm_tokens_per_scene": np.array([float(scene.llm_tokens) for scene in flat]),
@@ -182,6 +189,11 @@ def _consistency(lengths: Sequence[int], seen: Sequence[State]) -> np.ndarray:
         same += [np.nan, *(float(hero == heroes[0]) for hero in heroes[1:])]
         start += length
     return np.array(same)
+
+
+def _identity(story: Sequence[TrueScene], drawn: Sequence[Drawn]) -> list[float]:
+    """Likeness of the hero to its first appearance, for each later scene."""
+    return identity([scene.picture for scene in drawn], story[0].state.hero)
 
 
 @torch.no_grad()

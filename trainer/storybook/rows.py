@@ -5,12 +5,14 @@ All share LLM, diffusion model, seeds, steps and guidance. Between them differs 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.consistency import looking_at
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.mapper import Mapper
@@ -20,6 +22,7 @@ from minigpt5_core.vokens import block_starts
 
 from ..caption_adapter import CAPTIONING, CLOSE, OPEN, caption_prompt
 from ..contexts import caption_ids
+from .autoencoder import to_tensor
 from .stories import TrueScene
 
 BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)
@@ -54,24 +57,43 @@ def voken_states(llm: FrozenLLM, turns: Sequence[Turn], cache: StoryCache | None
 
 
 def vokens(
-    teller: StoryTeller, drawing: Drawing, mapper: Mapper | None = None, feed_back: bool = True
+    teller: StoryTeller,
+    drawing: Drawing,
+    mapper: Mapper | None = None,
+    feed_back: bool = True,
+    consistent: bool = False,
 ) -> Row:
-    """Our way: the story so far -> vokens -> mapper. Pictures go back to an LLM that sees."""
+    """Our way: the story so far -> vokens -> mapper. Pictures go back to an LLM that sees.
+
+    With `consistent` later pictures look at the first one while they are drawn.
+    """
     chosen = mapper or teller.mapper
 
     def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
         turns: list[Turn] = []
         cache = StoryCache()
+        first: Image.Image | None = None
         for index, scene in enumerate(scenes):
             began = time.perf_counter()
             turns.append(Turn(scene.request, scene.text))
             answer = chosen(voken_states(teller.llm, turns, cache))
-            picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
+            looking = looking_at(teller.diffusion, encode(teller, first)) if first else nullcontext()
+            with looking:
+                picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
+            if consistent:
+                first = first or picture
             if feed_back:
                 turns[-1] = Turn(scene.request, scene.text, shown=teller.llm.see(picture_tensor(picture)))
             yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
 
     return draw
+
+
+@torch.no_grad()
+def encode(teller: StoryTeller, picture: Image.Image) -> torch.Tensor:
+    """Scaled latents (1, C, h, w) of a picture."""
+    vae = teller.diffusion.vae
+    return vae.encode(to_tensor([picture])).latents * vae.config.scaling_factor
 
 
 def two_stage(
