@@ -14,6 +14,8 @@ from minigpt5_core.llm import load_llm, load_sight
 from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig, load_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper
+from trainer import ablate
+from trainer.ablate import read_variants, run_ablations
 from trainer.align import AlignRecipe, train_align
 from trainer.caption_adapter import (
     CaptionAdapterRecipe,
@@ -233,3 +235,52 @@ def test_a_hero_is_itself_wherever_it_stands_and_no_other():
     assert min(identity(pictures, "fox")[1:]) > 0.999
     other = render(state.but(hero="bear"), random.Random(0))
     assert identity([pictures[0], other], "fox")[1] < 0.9
+
+
+ABLATIONS = """
+[align]
+captions = 4
+steps = 1
+batch = 2
+[finetune]
+stories = 2
+steps = 1
+batch = 1
+[evaluate]
+stories = 1
+captions = 1
+steps = 1
+[variants.default]
+[variants."no stage 2"]
+finetune = { steps = 0 }
+"""
+
+
+def test_ablations_train_and_measure_each_variant_once(trained, tmp_path, monkeypatch):
+    _, parts = trained
+    recipe = tmp_path / "recipe.toml"
+    paths = "".join(f'{name} = "{value}"\n' for name, value in parts.items())
+    text = ABLATIONS
+    for table in ("[align]", "[finetune]", "[evaluate]"):
+        text = text.replace(table, f"{table}\n{paths}")
+    recipe.write_text(text)
+    table = run_ablations(recipe, tmp_path / "out")
+    assert list(table) == ["default", "no stage 2"]
+    assert not (tmp_path / "out" / "no stage 2" / "finetune").exists()
+    assert (tmp_path / "out" / "ablations.md").read_text().count("\n") == 4
+    monkeypatch.setattr(ablate, "evaluate", lambda *given: pytest.fail("measured again"))
+    assert run_ablations(recipe, tmp_path / "out") == table
+
+
+@pytest.mark.parametrize(
+    "text", ["[variants]", "[alinn]\nsteps = 1\n[variants.a]", "[variants.a]\nalinn = {}", "["]
+)
+def test_a_recipe_of_ablations_that_says_nothing_or_too_much_is_refused(tmp_path, text):
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(BadInputError, match="recipe.toml"):
+        read_variants(tmp_path / "recipe.toml")
+
+
+def test_the_shipped_ablations_are_recipes():
+    variants = read_variants(Path("trainer/recipes/storybook_ablations.toml"))
+    assert variants["2 vokens"].align["vokens"] == 2 and variants["default"].align["steps"] == 200

@@ -9,6 +9,7 @@
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's rival: the LLM writes captions
     evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
+    ablate               short trainings with one thing changed, each measured
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
 
@@ -134,6 +135,17 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ablate(arguments: argparse.Namespace) -> int:
+    from .ablate import run_ablations
+
+    if arguments.recipe is None or arguments.set:
+        raise BadInputError(
+            "ablate takes everything from --recipe: see trainer/recipes/storybook_ablations.toml."
+        )
+    run_ablations(arguments.recipe, arguments.out)
+    return 0
+
+
 def _bundle(arguments: argparse.Namespace) -> int:
     from .recipe import load_recipe
     from .storybook.bundle import BundleRecipe, write_bundle
@@ -161,6 +173,7 @@ COMMANDS = {
         _evaluate,
         "the benchmark: vokens beside the two-stage pipeline, with intervals and a report",
     ),
+    "ablate": (_ablate, "short trainings with one thing changed at a time, each measured by the benchmark"),
     "storybook-score": (_score, "illustrate held-out stories, their sentences given, and score the pictures"),
     "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),
 }

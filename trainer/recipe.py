@@ -30,7 +30,7 @@ def load_recipe(kind: type[Recipe], path: Path | None, changes: list[str]) -> Re
                     f"--set {change!r}: {table} is a value, not a table. Write --set {table}=value."
                 )
         place[name] = _parse(value.strip())
-    return _build(kind, values, str(path) if path else "--set")
+    return build_recipe(kind, values, str(path) if path else "--set")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _build(kind: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
+def build_recipe(kind: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
+    """A recipe from decoded TOML; BadInputError, opening with `source`, for unknown keys and wrong types."""
     hints = get_type_hints(kind)
     return build(
         kind, {key: _coerce(value, hints.get(key), key, source) for key, value in values.items()}, source
@@ -62,7 +63,7 @@ def _build(kind: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
 def _coerce(value: Any, expected: Any, key: str, source: str) -> Any:
     """What TOML writes another way than the dataclass holds it: tables, arrays, whole numbers for floats."""
     if dataclasses.is_dataclass(expected) and isinstance(expected, type) and isinstance(value, dict):
-        return _build(expected, value, f"{source}: {key}")
+        return build_recipe(expected, value, f"{source}: {key}")
     if isinstance(value, list) and (expected is tuple or get_origin(expected) is tuple):
         return tuple(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
