@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parts.add_argument(
         "--diffusion", type=Path, metavar="FOLDER", help="a diffusion model in diffusers layout"
     )
+    parts.add_argument("--image-adapter", type=Path, metavar="FILE", help="eyes for the language model")
     parts.add_argument("--device", help="where to compute, such as cpu or cuda")
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument("--steps", type=int, help="diffusion steps a picture")
@@ -135,7 +136,8 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
     _hush_libraries()
     from .pipeline import Parts, load
 
-    return load(Parts(given.llm, given.adapter, given.mapper, given.diffusion, given.device), bars)
+    parts = Parts(given.llm, given.adapter, given.mapper, given.diffusion, given.device, given.image_adapter)
+    return load(parts, bars)
 
 
 def _hush_libraries() -> None:

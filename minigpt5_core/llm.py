@@ -141,18 +141,21 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     return llm
 
 
-def load_sight(llm: FrozenLLM, folder: Path, spare: Path | None = None) -> FrozenLLM:
-    """Lets the LLM of `folder` see: by the image adapter in it, or by `spare` where that was trained for its weights.
+def load_sight(
+    llm: FrozenLLM, folder: Path, spare: Path | None = None, chosen: Path | None = None
+) -> FrozenLLM:
+    """Lets the LLM of `folder` see: by the `chosen` image adapter, by that in its folder, or by `spare`.
 
-    An LLM with neither stays blind. Raises BadInputError for an adapter in the folder that is broken or too wide.
+    `spare` serves only the weights it was trained for; an LLM without any stays blind. Raises BadInputError for an
+    adapter, chosen or in the folder, that is broken or for another width.
     """
-    own = folder / IMAGE_ADAPTER
-    if own.is_file():
+    own = chosen or folder / IMAGE_ADAPTER
+    if chosen or own.is_file():
         encoder, header = load_image_adapter(own)
         if header.llm_width != llm.width:
             raise BadInputError(
                 f"{own} was trained for the LLM {header.llm_id} of width {header.llm_width}, but this one is "
-                f"{llm.width} wide. Take the file out of the folder, or train one for this LLM."
+                f"{llm.width} wide. Leave it out, or train one for this LLM: python -m trainer image-adapter"
             )
     elif spare is not None and spare.is_file():
         encoder, header = load_image_adapter(spare)

@@ -26,7 +26,8 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval
     if not counts.sum():
         return None
     chosen = np.random.default_rng(seed).integers(0, len(counts), (DRAWS, len(counts)))
-    drawn = sums[chosen].sum(1) / np.maximum(counts[chosen].sum(1), 1)
+    sizes = counts[chosen].sum(1)
+    drawn = sums[chosen].sum(1)[sizes > 0] / sizes[sizes > 0]
     low, high = np.percentile(drawn, (2.5, 97.5))
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
 

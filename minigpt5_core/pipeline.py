@@ -43,6 +43,7 @@ class Parts:
     mapper: Path | None = None
     diffusion: Path | None = None
     device: str | None = None
+    image_adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,9 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     _check_llm(llm, llm_folder, header, mapper_file)
     tick("loading", 2, 4)
     llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")
-    llm = load_sight(llm, llm_folder, STORYBOOK / "LLM" / IMAGE_ADAPTER)
+    # the storybook's eyes were trained through its own adapter
+    spare = STORYBOOK / "LLM" / IMAGE_ADAPTER if parts.adapter is None else None
+    llm = load_sight(llm, llm_folder, spare, parts.image_adapter)
     tick("loading", 3, 4)
     diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device)
     check_diffusion(diffusion, header, mapper_file)

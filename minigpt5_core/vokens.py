@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 PICTURE = "[PICTURE]"  # one picture's slot in a prompt; the LLM never reads or writes it
-SPECIAL = re.compile(r"\[(IMG\d+|PICTURE)\]")
+SPECIAL = re.compile(r"\[+(IMG\d+|PICTURE)\]+")
 
 
 def plain(text: str) -> str:

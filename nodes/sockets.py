@@ -25,7 +25,8 @@ class LoadedLLM:
     """The LLM as ComfyUI manages it: `patcher` holds its weights (and what an adapter lays over them).
 
     `frozen` reads the same weights; it is to be used only after `load_models_gpu([patcher])`. `adapters` are the names
-    of those laid over it.
+    of those laid over it, and `eyes_for` is the one its image encoder was trained with (empty: the encoder is the
+    LLM's own).
     """
 
     patcher: Any
@@ -33,6 +34,12 @@ class LoadedLLM:
     name: str
     weights_hash: str
     adapters: tuple[str, ...] = ()
+    eyes_for: str = ""
+
+    @property
+    def sees(self) -> bool:
+        """Whether it is shown pictures: the storybook's eyes speak to the storybook's adapter only."""
+        return self.frozen.image_encoder is not None and (not self.eyes_for or self.eyes_for in self.adapters)
 
 
 @dataclass(frozen=True, eq=False)

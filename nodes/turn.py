@@ -16,7 +16,6 @@ from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..minigpt5_core.llm import FrozenLLM
     from ..minigpt5_core.prompts import Turn
 
 log = logging.getLogger("minigpt5")
@@ -135,7 +134,11 @@ class StoryTurn(io.ComfyNode):
         if folders.STORYBOOK_ADAPTER in llm.adapters:
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = max_new_tokens + max_pictures * len(frozen.voken_ids)
-        fitted = fit_chat(frozen, [*_turns(frozen, story), _open_turn(request)], room)
+        if (
+            llm.sees
+        ):  # looking at pictures takes the weights, and how long the prompt is shows only afterwards
+            management.load_models_gpu([llm.patcher], force_full_load=True)
+        fitted = fit_chat(frozen, [*_turns(llm, story), _open_turn(request)], room)
         if fitted.dropped:
             left_out = ", ".join(str(page + 1) for page in fitted.dropped)
             log.warning(
@@ -174,7 +177,7 @@ def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
         tell_user(message, node_id)
 
 
-def _turns(frozen: FrozenLLM, story: StorySoFar) -> list[Turn]:
+def _turns(llm: LoadedLLM, story: StorySoFar) -> list[Turn]:
     """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next.
 
     An LLM that sees is shown every picture; a voken block stands for those it asked for, and for all if it is blind.
@@ -183,7 +186,7 @@ def _turns(frozen: FrozenLLM, story: StorySoFar) -> list[Turn]:
 
     turns = []
     for index, page in enumerate(story.pages):
-        shown = None if page.picture is None else frozen.see(page.picture)
+        shown = llm.frozen.see(page.picture) if llm.sees and page.picture is not None else None
         block = page.picture is not None and (page.told or shown is None)
         request = page.request or (NEXT if index else story.prompt or LOOK)
         turns.append(Turn(request, page.text, block, shown))

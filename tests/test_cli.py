@@ -26,6 +26,7 @@ class Parts:
     mapper: Path | None = None
     diffusion: Path | None = None
     device: str | None = None
+    image_adapter: Path | None = None
 
 
 @dataclass

@@ -31,6 +31,10 @@ def test_what_is_undefined_is_left_out():
     values = np.array([1.0, np.nan, np.nan, 0.0])
     assert bootstrap(values, np.array([0, 0, 1, 2])).mean == 0.5
     assert bootstrap(np.full(3, np.nan), np.arange(3)) is None
+    alone = bootstrap(
+        np.array([0.9, np.nan, np.nan]), np.arange(3)
+    )  # draws without the one value say nothing
+    assert (alone.low, alone.mean, alone.high) == pytest.approx((0.9, 0.9, 0.9))
 
 
 def test_a_difference_is_taken_scene_by_scene():

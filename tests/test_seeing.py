@@ -3,8 +3,10 @@
 import json
 import random
 import shutil
+from dataclasses import astuple, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,8 +32,8 @@ from trainer.mapper_only import MapperRecipe, train_mapper
 from trainer.showing import caption_turns, questions, shown_turns, told_scenes
 from trainer.storybook.identity import identity
 from trainer.storybook.render import render
-from trainer.storybook.stories import random_state, stories
-from trainer.storybook.world import State
+from trainer.storybook.stories import change_a_fact, random_state, stories, training_state
+from trainer.storybook.world import State, held_out
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -165,6 +167,15 @@ def test_a_new_mapper_of_another_shape(trained, tmp_path):
     assert load_mapper(tmp_path / "run" / "mapper.safetensors")[0].config.kind == "reference"
 
 
+def test_a_mapper_needs_a_loss_from_its_first_step_and_a_folder_of_its_own(trained, tmp_path):
+    folder, parts = trained
+    recipe = MapperRecipe(**parts, caption_weight=0.0)
+    with pytest.raises(BadInputError, match="Set image_weight=1 and image_from=0"):
+        train_mapper(recipe, tmp_path / "run", folder / "align")
+    with pytest.raises(BadInputError, match="--out and --from are both"):
+        train_mapper(replace(recipe, caption_weight=1.0), folder / "align", folder / "align")
+
+
 def test_a_mapper_needs_an_adapter_to_listen_to(tmp_path):
     with pytest.raises(BadInputError, match="holds no adapter/"):
         train_mapper(MapperRecipe(), tmp_path / "run", tmp_path)
@@ -208,6 +219,17 @@ def test_the_page_shows_the_strips_it_names(report):
         assert strip in page and (report / strip).is_file()
 
 
+def test_a_row_whose_weights_are_missing_is_left_out_and_said(trained, tmp_path, capsys):
+    folder, parts = trained
+    run = folder / "align"
+    recipe = EvaluateRecipe(
+        **parts, adapter=str(run / "adapter"), mapper=str(run / "mapper.safetensors"), stories=1, steps=1, captions=1,
+        rows=("vokens", "two_stage_caption"), caption_adapter=str(tmp_path / "nothing"),
+    )  # fmt: skip
+    assert list(evaluate(recipe, tmp_path / "out")["rows"]) == ["vokens"]
+    assert "row two_stage_caption is left out" in capsys.readouterr().out
+
+
 def test_an_unknown_row_is_named():
     with pytest.raises(BadInputError, match="unknown nonsense. Known: vokens"):
         EvaluateRecipe(rows=("nonsense",))
@@ -232,9 +254,24 @@ def test_a_caption_is_asked_for_where_it_stands_in_training(tiny_llm):
 def test_a_hero_is_itself_wherever_it_stands_and_no_other():
     state = State("fox", "beach", "day", "apple")
     pictures = [render(state, random.Random(seed)) for seed in range(6)]
-    assert min(identity(pictures, "fox")[1:]) > 0.999
+    assert min(identity(pictures, "fox", [True] * 6)[1:]) > 0.999
     other = render(state.but(hero="bear"), random.Random(0))
-    assert identity([pictures[0], other], "fox")[1] < 0.9
+    assert identity([pictures[0], other], "fox", [True, True])[1] < 0.5
+
+
+def test_a_hero_is_compared_with_its_first_appearance():
+    pictures = [render(State("fox", "city", "day"), random.Random(seed)) for seed in range(3)]
+    found = identity(pictures, "fox", [False, True, True])
+    assert np.isnan(found[0]) and np.isnan(found[1]) and found[2] > 0.99
+
+
+def test_a_changed_fact_is_one_fact_and_never_a_held_out_combination():
+    draw = random.Random(3)
+    for _ in range(300):
+        state = training_state(draw)
+        changed = change_a_fact(state, draw)
+        assert sum(a != b for a, b in zip(astuple(state), astuple(changed), strict=True)) == 1
+        assert not held_out(changed)
 
 
 ABLATIONS = """
@@ -283,4 +320,5 @@ def test_a_recipe_of_ablations_that_says_nothing_or_too_much_is_refused(tmp_path
 
 def test_the_shipped_ablations_are_recipes():
     variants = read_variants(Path("trainer/recipes/storybook_ablations.toml"))
-    assert variants["2 vokens"].align["vokens"] == 2 and variants["default"].align["steps"] == 200
+    assert variants["2 vokens"].align.vokens == 2 and variants["default"].align.steps == 200
+    assert variants["no stage 2"].finetune is None

@@ -154,7 +154,7 @@ def test_a_picture_takes_its_tokens_of_the_context(seeing):
     assert len(fitted.prompt.images) == 3 - len(fitted.dropped)
 
 
-@pytest.mark.parametrize("text", ["[PICTURE]", "a [IMG0] b", "[IMG12]"])
+@pytest.mark.parametrize("text", ["[PICTURE]", "a [IMG0] b", "[IMG12]", "[[PICTURE]]", "[[[IMG3]]"])
 def test_words_that_look_like_a_slot_are_words(seeing, text):
     prompt = chat_prompt(seeing, [Turn(text, text, picture=False), Turn(text)])
     assert not prompt.images and prompt.image_id is None

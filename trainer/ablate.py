@@ -2,12 +2,12 @@
 
     python -m trainer ablate --recipe trainer/recipes/storybook_ablations.toml --out runs/ablations
 
-A variant that is done is not trained again: an interrupted run goes on where it was.
+A variant that was measured by the same recipe is not trained again.
 """
 
 import json
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,52 @@ from .evaluate import EvaluateRecipe, evaluate
 from .finetune import FinetuneRecipe, train_finetune
 from .recipe import build_recipe
 
+STAGES = ("align", "finetune", "evaluate")
 SHOWN = ("hero_unnamed", "prop_carried", "place", "time", "image_similarity")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing changed: settings laid over each stage's; a stage of 0 steps is left out."""
+    """One thing changed. A stage that is None is left out."""
 
-    align: dict
-    finetune: dict
-    evaluate: dict
+    align: AlignRecipe | None
+    finetune: FinetuneRecipe | None
+    evaluate: EvaluateRecipe
+
+    def __post_init__(self) -> None:
+        if self.align is None and self.finetune is None:
+            raise BadInputError("A variant needs at least one stage: give align or finetune 1 step or more.")
 
 
 def read_variants(path: Path) -> dict[str, Variant]:
-    """The recipe's `[align]`, `[finetune]` and `[evaluate]` with each `[variants.NAME]` laid over them."""
+    """The recipe's `[align]`, `[finetune]` and `[evaluate]` with each `[variants.NAME]` laid over them.
+
+    All are built before anything is trained; BadInputError names the file and what in it is wrong.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInputError(f"Recipe {path} cannot be read: {error}.") from error
-    stages = ("align", "finetune", "evaluate")
     changes = values.pop("variants", {})
-    unknown = set(values) - set(stages) | {
-        name for change in changes.values() for name in set(change) - set(stages)
+    unknown = set(values) - set(STAGES) | {
+        name for change in changes.values() for name in set(change) - set(STAGES)
     }
     if unknown or not changes:
         raise BadInputError(
             f"Recipe {path}: found {', '.join(sorted(unknown)) or 'no variants'}; expected tables align, finetune and "
             "evaluate, and the same below each variants.NAME."
         )
-    return {
-        name: Variant(*(values.get(stage, {}) | change.get(stage, {}) for stage in stages))
-        for name, change in changes.items()
-    }
+    return {name: _variant(values, change, f"{path}: {name}") for name, change in changes.items()}
+
+
+def _variant(values: dict[str, dict], change: dict[str, dict], source: str) -> Variant:
+    laid = {stage: values.get(stage, {}) | change.get(stage, {}) for stage in STAGES}
+    measured = {"rows": ["vokens"]} | laid["evaluate"]
+    return Variant(
+        build_recipe(AlignRecipe, laid["align"], source) if laid["align"].get("steps", 1) else None,
+        build_recipe(FinetuneRecipe, laid["finetune"], source) if laid["finetune"].get("steps", 1) else None,
+        build_recipe(EvaluateRecipe, measured, source),
+    )
 
 
 def run_ablations(recipe: Path, out: Path) -> dict[str, dict]:
@@ -65,26 +79,28 @@ def run_ablations(recipe: Path, out: Path) -> dict[str, dict]:
 
 
 def _run(variant: Variant, out: Path) -> dict[str, Any]:
-    report = out / "report.json"
-    if not report.is_file():
-        trained = _train(variant, out)
-        recipe = build_recipe(EvaluateRecipe, {"rows": ["vokens"]} | variant.evaluate, "evaluate")
-        adapter, mapper = str(trained / "adapter"), str(trained / "mapper.safetensors")
-        evaluate(replace(recipe, adapter=adapter, mapper=mapper), out)
-    return json.loads(report.read_text())["rows"]["vokens"]
+    """The variant's row, measured now or, by the same recipe, before."""
+    report, kept = out / "report.json", out / "variant.json"
+    recipe = json.dumps(asdict(variant), indent=1) + "\n"
+    if report.is_file() and kept.is_file() and kept.read_text() == recipe:
+        return json.loads(report.read_text())["rows"]["vokens"]
+    trained = _train(variant, out)
+    adapter, mapper = str(trained / "adapter"), str(trained / "mapper.safetensors")
+    row = evaluate(replace(variant.evaluate, adapter=adapter, mapper=mapper), out)["rows"]["vokens"]
+    kept.write_text(recipe)
+    return row
 
 
 def _train(variant: Variant, out: Path) -> Path:
-    """Both stages, or the one that has steps; returns the folder of what was trained last."""
+    """Both stages, or the one there is; returns the folder of what was trained last."""
     start: Path | None = None
-    if variant.align.get("steps", 1):
-        train_align(build_recipe(AlignRecipe, variant.align, "align"), out / "align")
+    if variant.align is not None:
+        train_align(variant.align, out / "align")
         start = out / "align"
-    if variant.finetune.get("steps", 1):
-        train_finetune(build_recipe(FinetuneRecipe, variant.finetune, "finetune"), out / "finetune", start)
+    if variant.finetune is not None:
+        train_finetune(variant.finetune, out / "finetune", start)
         start = out / "finetune"
-    if start is None:
-        raise BadInputError("A variant needs at least one stage: give align or finetune 1 step or more.")
+    assert start is not None
     return start
 
 

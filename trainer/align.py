@@ -37,7 +37,7 @@ from .stage import (
     train,
     voken_tables,
 )
-from .storybook.autoencoder import to_tensor
+from .storybook.autoencoder import encode_pictures
 from .storybook.diffusion import PREVIEW
 from .storybook.render import render
 from .storybook.stories import stories, training_state
@@ -90,12 +90,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def picture_latents(pipeline: object, states: Sequence[State], draw: random.Random) -> Tensor:
     """Scaled latents of freshly drawn pictures, (B, 4, 16, 16)."""
-    vae = pipeline.vae  # type: ignore[attr-defined]
-    with torch.no_grad():
-        return (
-            vae.encode(to_tensor([render(state, draw) for state in states]).to(vae.device)).latents
-            * vae.config.scaling_factor
-        )
+    return encode_pictures(pipeline.vae, [render(state, draw) for state in states])  # type: ignore[attr-defined]
 
 
 def train_align(

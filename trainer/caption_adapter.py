@@ -2,8 +2,8 @@
 
     python -m trainer caption-adapter --recipe trainer/recipes/storybook_caption_adapter.toml --out runs/captions
 
-It has no voken, no mapper and no pictures; everything else is as in finetune, and its LoRA has as many parameters as
-finetune's LoRA and mapper together.
+It has no voken, no mapper and no pictures. Its data and its loss on text are finetune's, and its LoRA has as many
+parameters as finetune's LoRA, voken rows and mapper together; how many steps it takes is up to the recipe.
 """
 
 from collections.abc import Sequence

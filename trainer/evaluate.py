@@ -60,6 +60,7 @@ class EvaluateRecipe:
     adapter: str = ""
     mapper: str = ""
     diffusion: str = ""
+    image_adapter: str = ""
     reference_mapper: str = "storybook/benchmark/reference_mapper.safetensors"
     caption_adapter: str = "storybook/benchmark/caption_adapter"
     scorer: str = "storybook/scorer.safetensors"
@@ -84,7 +85,13 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
     """Draws, measures, writes `report.json`, `report.html` and `pictures/` into `out`; returns the report."""
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     teller = load(
-        Parts(_path(recipe.llm), _path(recipe.adapter), _path(recipe.mapper), _path(recipe.diffusion))
+        Parts(
+            _path(recipe.llm),
+            _path(recipe.adapter),
+            _path(recipe.mapper),
+            _path(recipe.diffusion),
+            image_adapter=_path(recipe.image_adapter),
+        )
     )
     scorer = load_scorer(Path(recipe.scorer))
     told = list(islice(stories(recipe.seed, "test"), recipe.stories))
@@ -110,7 +117,15 @@ def _path(value: str) -> Path | None:
 
 
 def _rows(recipe: EvaluateRecipe, teller: StoryTeller) -> dict[str, Row]:
-    """The ways that were asked for, of those whose weights are there."""
+    """The ways that were asked for; one whose weights are missing is left out, and the way to them is said."""
+    needed = {
+        "vokens_reference": (recipe.reference_mapper, "python -m trainer mapper --set mapper=reference"),
+        "two_stage_caption": (recipe.caption_adapter, "python -m trainer caption-adapter"),
+    }
+    absent = {name for name, (path, _) in needed.items() if name in recipe.rows and not Path(path).exists()}
+    for name in sorted(absent):
+        path, command = needed[name]
+        print(f"row {name} is left out: there is nothing at {path}. It is made by {command}")
     drawing = Drawing(recipe.steps, recipe.guidance)
     ways = {
         "vokens": lambda: rows.vokens(teller, drawing, feed_back=recipe.feed_back),
@@ -125,7 +140,7 @@ def _rows(recipe: EvaluateRecipe, teller: StoryTeller) -> dict[str, Row]:
         "two_stage_caption": lambda: rows.captioned(teller, drawing, _captioning_llm(recipe)),
         "oracle": lambda: rows.two_stage(teller, drawing, rows.true_captions),
     }
-    return {name: ways[name]() for name in recipe.rows}
+    return {name: ways[name]() for name in recipe.rows if name not in absent}
 
 
 def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
@@ -167,7 +182,7 @@ def measure(
         "prop_named": np.where(prop_named, right["prop"], np.nan),
         "prop_carried": np.where(carried, right["prop"], np.nan),
         "consistency": _consistency([len(story) for story in told], seen),
-        "identity": np.concatenate([_identity(*pair) for pair in zip(told, drawn, strict=True)]),
+        "identity": _identities(told, pictures, seen),
         "image_similarity": (features * true_features).sum(1) / lengths,
         "seconds_per_scene": np.array([scene.seconds for scene in flat]),
         "llm_tokens_per_scene": np.array([float(scene.llm_tokens) for scene in flat]),
@@ -191,9 +206,16 @@ def _consistency(lengths: Sequence[int], seen: Sequence[State]) -> np.ndarray:
     return np.array(same)
 
 
-def _identity(story: Sequence[TrueScene], drawn: Sequence[Drawn]) -> list[float]:
-    """Likeness of the hero to its first appearance, for each later scene."""
-    return identity([scene.picture for scene in drawn], story[0].state.hero)
+def _identities(
+    told: list[list[TrueScene]], pictures: Sequence[Image.Image], seen: Sequence[State]
+) -> np.ndarray:
+    """Likeness of each story's hero to its first appearance."""
+    values: list[float] = []
+    for story in told:
+        part = slice(len(values), len(values) + len(story))
+        hero = story[0].state.hero
+        values += identity(pictures[part], hero, [state.hero == hero for state in seen[part]])
+    return np.array(values)
 
 
 @torch.no_grad()

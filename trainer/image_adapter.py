@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,8 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mapper = load_mapper(Path(recipe.mapper))[0].to(device)
     llm = load_adapter(load_llm(folder, mapper.config.vokens, device=device), Path(recipe.adapter))
-    llm.image_encoder = encoder = _encoder(recipe, llm, start).to(device)
+    encoder, earlier = _encoder(recipe, llm, start)
+    llm.image_encoder = encoder.to(device)
     steps = f"{recipe.word_steps} + {recipe.story_steps}"
     trained = {
         "stage": "image adapter",
@@ -90,7 +92,7 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
         "seed": recipe.seed,
         "data": "storybook",
         "code": code_version(),
-    }
+    } | ({"from": earlier} if earlier else {})
     header = ImageAdapterHeader(folder.name, llm.width, hash_weights(folder), trained)
 
     def save() -> None:
@@ -105,14 +107,17 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
     return shares
 
 
-def _encoder(recipe: ImageAdapterRecipe, llm: FrozenLLM, start: Path | None) -> ImageEncoder:
+def _encoder(
+    recipe: ImageAdapterRecipe, llm: FrozenLLM, start: Path | None
+) -> tuple[ImageEncoder, dict[str, Any]]:
+    """A new encoder, or an earlier run's with what its header says of its training."""
     if start is not None:
         encoder, header = load_image_adapter(start / IMAGE_ADAPTER if start.is_dir() else start)
         if header.llm_width != llm.width:
             raise BadInputError(
                 f"--from {start} is for an LLM {header.llm_width} wide; this one is {llm.width}."
             )
-        return encoder
+        return encoder, header.trained
     encoder = ImageEncoder(ImageEncoderConfig(llm.width, tokens=recipe.tokens))
     words = sorted(
         {token for state in _states(random.Random(0), 500) for token in llm.encode(state.caption())}
@@ -120,7 +125,7 @@ def _encoder(recipe: ImageAdapterRecipe, llm: FrozenLLM, start: Path | None) -> 
     table = llm.embed(torch.tensor(words, device=llm.device)).detach().cpu()
     encoder.mean.copy_(table.mean(0))
     encoder.scale.copy_(table.std(0))
-    return encoder
+    return encoder, {}
 
 
 def _states(draw: random.Random, count: int) -> list[State]:

@@ -91,6 +91,13 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
             f"--from {start_from} holds no adapter/. Give the --out folder of an align or finetune run: a mapper is "
             "trained on what the LLM says with that adapter."
         )
+    if out.resolve() == start_from.resolve():
+        raise BadInputError(f"--out and --from are both {out}. Name another folder for what is trained.")
+    if not recipe.caption_weight and not (recipe.image_weight and recipe.image_from == 0):
+        raise BadInputError(
+            f"caption_weight is 0, image_weight {recipe.image_weight:g} and image_from {recipe.image_from:g}: the "
+            "first steps would have no loss. Set image_weight=1 and image_from=0, or caption_weight above 0."
+        )
     torch.manual_seed(recipe.seed)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     run = Run(recipe, out, "mapper", accelerator, resume)
@@ -106,8 +113,8 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
     optimizer = torch.optim.AdamW(mapper.parameters(), recipe.mapper_rate, weight_decay=recipe.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
     trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
+    known = remember(recipe, llm)  # before the random states of a run that goes on are back
     start = run.resume() if resume else 0
-    known = remember(recipe, llm)
     picture_losses = PictureLosses(recipe, mapper, targets)
 
     def one_step(step: int) -> dict[str, float]:

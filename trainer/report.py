@@ -16,9 +16,9 @@ def write_report(out: Path, report: dict, told: Sequence[Sequence[TrueScene]]) -
     settings = report["settings"]
     parts = [
         "<h1>Vokens beside the two-stage pipeline</h1>",
-        f"<p>{len(told)} held-out stories of {settings['scenes']} scenes, seed {settings['seed']}, {settings['steps']} "
-        f"steps, guidance {settings['guidance']:g}. Their sentences are given to every row. In brackets: 95 % interval "
-        "by bootstrap over stories.</p>",
+        f"<p>{len(told)} held-out stories with {settings['scenes']} scenes in all, seed {settings['seed']}, "
+        f"{settings['steps']} steps, guidance {settings['guidance']:g}. Their sentences are given to every row. In "
+        "small print: 95 % interval by bootstrap over stories.</p>",
         _table(report["rows"]),
         "<h2>Plots</h2><div class=plots>",
         *(_plot(column, report["rows"]) for column in PLOTTED),

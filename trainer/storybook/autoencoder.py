@@ -9,6 +9,7 @@ padding its weights with zeros. Training is on 64x64 crops of fresh scenes, take
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,14 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
     """RGB pictures of one size as (B, 3, H, W) in [-1, 1]."""
     array = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_pictures(vae: Any, pictures: list[Image.Image]) -> Tensor:
+    """Scaled latents (B, C, h, w) of RGB pictures; of an AutoencoderKL's posterior, the mode."""
+    encoded = vae.encode(to_tensor(pictures).to(vae.device, vae.dtype))
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

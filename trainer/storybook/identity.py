@@ -1,5 +1,6 @@
 """How much a hero looks like itself from picture to picture: the pixels of its glyph, wherever it stands."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -29,7 +30,19 @@ def _region(picture: Image.Image, column: int) -> np.ndarray:
     return np.asarray(picture.crop((left, bottom - HERO_SIZE, left + HERO_SIZE, bottom)))
 
 
-def identity(pictures: list[Image.Image], hero: str) -> list[float]:
-    """For each picture, the correlation of the hero's pixels with those of the first one; NaN for the first."""
-    pixels = [hero_pixels(picture, hero).ravel() for picture in pictures]
-    return [np.nan, *(float(np.corrcoef(pixels[0], later)[0, 1]) for later in pixels[1:])]
+def identity(pictures: Sequence[Image.Image], hero: str, seen: Sequence[bool]) -> list[float]:
+    """For each picture, the correlation of the hero's pixels with those of its first appearance.
+
+    Each colour's mean is taken out first: a plain background is no likeness. NaN for the first appearance, and where
+    the hero is not `seen`.
+    """
+    values, first = [], None
+    for picture, there in zip(pictures, seen, strict=True):
+        if not there:
+            values.append(np.nan)
+            continue
+        pixels = hero_pixels(picture, hero)
+        pixels = (pixels - pixels.mean(0)).ravel()
+        values.append(np.nan if first is None else float(np.corrcoef(first, pixels)[0, 1]))
+        first = pixels if first is None else first
+    return values

@@ -22,7 +22,7 @@ from minigpt5_core.vokens import block_starts
 
 from ..caption_adapter import CAPTIONING, CLOSE, OPEN, caption_prompt
 from ..contexts import caption_ids
-from .autoencoder import to_tensor
+from .autoencoder import encode_pictures
 from .stories import TrueScene
 
 BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)
@@ -72,28 +72,21 @@ def vokens(
     def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
         turns: list[Turn] = []
         cache = StoryCache()
-        first: Image.Image | None = None
+        reference: torch.Tensor | None = None
         for index, scene in enumerate(scenes):
             began = time.perf_counter()
             turns.append(Turn(scene.request, scene.text))
             answer = chosen(voken_states(teller.llm, turns, cache))
-            looking = looking_at(teller.diffusion, encode(teller, first)) if first else nullcontext()
+            looking = looking_at(teller.diffusion, reference) if reference is not None else nullcontext()
             with looking:
                 picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
-            if consistent:
-                first = first or picture
+            if consistent and reference is None:
+                reference = encode_pictures(teller.diffusion.vae, [picture])
             if feed_back:
                 turns[-1] = Turn(scene.request, scene.text, shown=teller.llm.see(picture_tensor(picture)))
             yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
 
     return draw
-
-
-@torch.no_grad()
-def encode(teller: StoryTeller, picture: Image.Image) -> torch.Tensor:
-    """Scaled latents (1, C, h, w) of a picture."""
-    vae = teller.diffusion.vae
-    return vae.encode(to_tensor([picture])).latents * vae.config.scaling_factor
 
 
 def two_stage(

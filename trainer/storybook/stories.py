@@ -96,13 +96,15 @@ def training_state(draw: random.Random) -> State:
 
 
 def change_a_fact(state: State, draw: random.Random) -> State:
-    """The state with one fact of it another."""
+    """The state with one fact of it another; never a held-out combination."""
     known = {
         "hero": tuple(HEROES), "prop": (None, *PROPS), "place": tuple(PLACES), "time": TIMES,
         "companion": (None, *COMPANIONS),
     }  # fmt: skip
     fact = draw.choices(tuple(known), (2, 4, 2, 2, 1))[0]
-    return state.but(**{fact: draw.choice([value for value in known[fact] if value != getattr(state, fact)])})
+    others = [state.but(**{fact: value}) for value in known[fact] if value != getattr(state, fact)]
+    allowed = [other for other in others if not held_out(other)]
+    return draw.choice(allowed) if allowed else change_a_fact(state, draw)
 
 
 class _Teller:
