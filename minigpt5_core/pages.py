@@ -205,9 +205,14 @@ def _png(picture: Image.Image, metadata: PngInfo | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def _title(story: Story) -> str:
+    """The opening; a story may begin with a picture alone."""
+    return story.prompt or "A story"
+
+
 def render_markdown(story: Story) -> str:
     """The story as Markdown, its pictures by file name; characters that Markdown would read are escaped."""
-    parts = [f"# {_escape_markdown(story.prompt)}"]
+    parts = [f"# {_escape_markdown(_title(story))}"]
     for number, scene in enumerate(story.scenes, 1):
         if scene.picture:
             parts.append(f"![Picture of scene {number}]({scene.picture})")
@@ -232,7 +237,7 @@ def render_html(story: Story, pictures: list[bytes | None]) -> str:
         columns for columns in (3, 2, 1) if columns == 1 or _fills_rows(len(story.scenes), columns)
     )
     width = 24 * columns  # rem: too narrow for one page more of the style's 17
-    return _DOCUMENT.format(style=_STYLE, title=html.escape(story.prompt), width=width, pages=pages)
+    return _DOCUMENT.format(style=_STYLE, title=html.escape(_title(story)), width=width, pages=pages)
 
 
 def _fills_rows(pages: int, columns: int) -> bool:
