@@ -49,6 +49,7 @@ SAMPLING = {
 }  # fmt: skip
 SAMPLER = {"steps": 20, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
 MIA = "Mia the fox wakes up in a snowy forest."
+BALLOON = "Mia the fox finds a red balloon in a snowy forest."
 PICTURE = "a lion with a red balloon on the beach by day"
 
 
@@ -110,7 +111,7 @@ def show_and_save(builder: Builder, story: Link) -> None:
 def quickstart() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
-    story = builder.add("MiniGPT5Story", text=MIA)
+    story = builder.add("MiniGPT5Story", text=BALLOON)
     told = interleave(builder, llm, mapper, diffusion(0), diffusion(2), story())
     show_and_save(builder, told())
     return builder
@@ -120,7 +121,7 @@ def by_hand() -> Builder:
     builder = Builder()
     llm, mapper, diffusion = storybook(builder)
     story = builder.add("MiniGPT5Story", text=MIA)()
-    for index, instruction in enumerate(("", "Mia finds a red balloon.", "Night falls.")):
+    for index, instruction in enumerate(("", "There is a red balloon.", "Night falls.")):
         builder.row = index + 1
         told = turn(builder, llm, story, instruction, index, f"Scene {index + 1}: text")
         steering = builder.add(
@@ -189,7 +190,7 @@ def two_stage() -> Builder:
     story = builder.add("MiniGPT5Story", text=MIA)
     builder.row = 1
     first = turn(builder, llm, story(), "", 0, "Scene 1: text")
-    told = turn(builder, llm, first(0), "Mia finds a red balloon.", 1, "Scene 2: text")
+    told = turn(builder, llm, first(0), "There is a red balloon.", 1, "Scene 2: text")
     builder.add("PreviewAny", "Scene 2 says", source=told(1))
     builder.row = 2
     steering = builder.add(

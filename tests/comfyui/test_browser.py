@@ -227,7 +227,9 @@ def test_every_workflow_loads_whole(open_page, name):
 
 
 def widget_values(workflow):
-    return {node["id"]: node["widgets_values"] for node in workflow["nodes"] if node.get("widgets_values")}
+    """By node; what a Preview Any has shown is no input, and newer frontends keep it among them."""
+    nodes = [node for node in workflow["nodes"] if node["type"] != "PreviewAny"]
+    return {node["id"]: node["widgets_values"] for node in nodes if node.get("widgets_values")}
 
 
 def test_a_node_has_a_help_page(open_page):
