@@ -163,7 +163,7 @@ def load_sight(
             return llm
     else:
         return llm
-    llm.image_encoder = encoder.to(llm.device)
+    llm.image_encoder = encoder.requires_grad_(False).to(llm.device)
     return llm
 
 

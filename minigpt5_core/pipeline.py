@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -25,6 +24,7 @@ from .mapper import Mapper
 from .prompts import LOOK, NEXT, Turn, fit_chat
 from .story import Story
 from .storybook import STORYBOOK, unknown_words
+from .vision import picture_tensor
 from .weights import IMAGE_ADAPTER, MapperHeader, hash_weights, load_mapper
 
 STORYBOOK_SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=50, max_new_tokens=60)
@@ -36,7 +36,7 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a story is told with; None stands for the storybook's own part."""
+    """What a story is told with; None stands for the storybook's own part. Its eyes go with its own adapter only."""
 
     llm: Path | None = None
     adapter: Path | None = None
@@ -147,11 +147,6 @@ class StoryTeller:
             generator=seeded_generator(seed),
             callback_on_step_end=tick,
         ).images[0]
-
-
-def picture_tensor(picture: Image.Image) -> torch.Tensor:
-    """(H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
 
 
 def prompt_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -101,7 +104,7 @@ class ImageEncoder(nn.Module):
 
 def _convolutions(channels: list[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(zip([3, *channels], channels, strict=False)):
+    for index, (before, after) in enumerate(pairwise([3, *channels])):
         kernel = 3 if index else 5
         layers += [
             nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2, bias=False),
@@ -109,6 +112,11 @@ def _convolutions(channels: list[int]) -> list[nn.Module]:
             nn.ReLU(),
         ]
     return layers
+
+
+def picture_tensor(picture: Image.Image) -> Tensor:
+    """(H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
 
 
 def to_square(pictures: Tensor, size: int) -> Tensor:

@@ -270,10 +270,8 @@ def widen(weights: dict[str, Any], latent_channels: int) -> dict[str, Any]:
     """
     import torch
 
-    wide = {
-        "vae_scale": torch.tensor(1.0),
-        "vae_shift": torch.tensor(0.0),
-    }  # ComfyUI's own, which change nothing
+    # ComfyUI's own, which change nothing
+    wide = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
     for name, weight in weights.items():
         side, _, layer, rest = name.split(".", 3)
         number = int(layer) + (side == "decoder")  # ComfyUI counts the clamp in front of the decoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import folder_paths
 from comfy_api.latest import io
@@ -122,13 +122,14 @@ class LoadStory(io.ComfyNode):
     def execute(cls, story_name: str) -> io.NodeOutput:
         from ..minigpt5_core.pages import read_pictures
         from ..minigpt5_core.story import load_story
+        from ..minigpt5_core.vision import picture_tensor
 
         folder = _find_story(story_name)
         if folder is None:
             raise ValueError(_no_story(story_name))
         saved = load_story(folder)
         pictures = [
-            None if picture is None else _as_tensor(picture) for picture in read_pictures(saved, folder)
+            None if picture is None else picture_tensor(picture) for picture in read_pictures(saved, folder)
         ]
         pages = [
             Page(NEXT, scene.text, picture, told=True)
@@ -167,10 +168,3 @@ def _rgb(image: Tensor) -> Tensor:
     """An IMAGE (B, H, W, 1, 3 or 4) as (B, H, W, 3) in float32, where it can be kept and saved."""
     image = image[..., :3].float().cpu()
     return image.expand(*image.shape[:-1], 3)
-
-
-def _as_tensor(picture: Any) -> Tensor:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)

@@ -134,9 +134,7 @@ class StoryTurn(io.ComfyNode):
         if folders.STORYBOOK_ADAPTER in llm.adapters:
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = max_new_tokens + max_pictures * len(frozen.voken_ids)
-        if (
-            llm.sees
-        ):  # looking at pictures takes the weights, and how long the prompt is shows only afterwards
+        if llm.sees:  # looking takes the weights; how long the prompt is shows only afterwards
             management.load_models_gpu([llm.patcher], force_full_load=True)
         fitted = fit_chat(frozen, [*_turns(llm, story), _open_turn(request)], room)
         if fitted.dropped:

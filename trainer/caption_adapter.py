@@ -24,7 +24,7 @@ from minigpt5_core.prompts import Turn, chat_text
 from .align import trainable
 from .finetune import story_sequence, text_losses
 from .progress import Progress, interrupts
-from .stage import optimise, step_generator
+from .stage import optimise, save_adapter, step_generator
 from .storybook.stories import TrueScene, stories
 
 OPEN, CLOSE = "\n(", ")"
@@ -79,7 +79,7 @@ def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
             optimise(accelerator, adapted, optimizer, schedule, loss)
             progress.update(step, recipe.batch, text=loss.item())
             if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
-                _save(adapted, folder, out)
+                save_adapter(adapted, folder, out / "adapter")
             if interrupted:
                 raise KeyboardInterrupt
     return adapted
@@ -92,9 +92,3 @@ def _lora(recipe: CaptionAdapterRecipe) -> LoraConfig:
         lora_dropout=recipe.lora_dropout,
         target_modules=list(recipe.lora_targets),
     )
-
-
-def _save(adapted: PeftModel, folder: Path, out: Path) -> None:
-    adapted.peft_config["default"].base_model_name_or_path = folder.name
-    adapted.save_pretrained(str(out / "adapter"))
-    (out / "adapter" / "README.md").unlink(missing_ok=True)

@@ -30,10 +30,9 @@ from .storybook.identity import identity
 from .storybook.render import render
 from .storybook.rows import Drawing, Drawn, Row
 from .storybook.scorer import Scorer, accuracy, load_scorer
-from .storybook.stories import TrueScene, random_state, stories
-from .storybook.world import State, held_out
+from .storybook.stories import TrueScene, held_out_state, stories
+from .storybook.world import FACTS, State
 
-FACTS = ("hero", "prop", "place", "time")
 COLUMNS = (
     "hero", "prop", "place", "time", "hero_named", "hero_unnamed", "prop_named", "prop_carried", "consistency",
     "identity", "image_similarity", "fid", "seconds_per_scene", "llm_tokens_per_scene",
@@ -230,10 +229,7 @@ def _single_captions(
     """Captions by themselves, all of held-out combinations: vokens beside the text encoder."""
     drawing = Drawing(recipe.steps, recipe.guidance)
     draw = random.Random(f"single captions/{recipe.seed}")
-    states: list[State] = []
-    while len(states) < recipe.captions:
-        state = random_state(draw)
-        states += [state] if held_out(state) else []
+    states = [held_out_state(draw) for _ in range(recipe.captions)]
     pictures: dict[str, list[Image.Image]] = {"vokens": [], "oracle": []}
     progress = Progress(len(states))
     print("single captions")
@@ -299,9 +295,8 @@ def _fid(features: np.ndarray, true: np.ndarray, groups: np.ndarray, draws: int 
         picked = np.concatenate([members[index] for index in chance.integers(0, len(members), len(members))])
         values.append(frechet_distance(features[picked], true[picked]))
     low, middle, high = np.percentile(values, (2.5, 50, 97.5))
-    whole = frechet_distance(
-        features, true
-    )  # stories drawn twice raise the distance: only its spread is taken
+    whole = frechet_distance(features, true)
+    # stories drawn twice raise the distance: of the drawn ones only the spread is taken
     return Interval(whole, float(whole + low - middle), float(whole + high - middle))
 
 

@@ -17,12 +17,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
-from minigpt5_core.llm import FrozenLLM, load_llm
+from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn, chat_prompt
-from minigpt5_core.vision import load_image_adapter
 from minigpt5_core.vokens import block_starts, gather_voken_states
 
 from .align import caption_states, picture_latents, trainable
@@ -128,11 +127,9 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     )
 
 
-def _turns(
-    llm: FrozenLLM, recipe: FinetuneRecipe, scenes: Sequence[TrueScene], draw: random.Random
-) -> list[Turn]:
-    """A story with pictures shown or without."""
-    shown = recipe.image_adapter and draw.random() < recipe.shown_share
+def some_shown(llm: FrozenLLM, scenes: Sequence[TrueScene], share: float, draw: random.Random) -> list[Turn]:
+    """A story of the world; to an LLM that sees, with pictures in a `share` of the stories."""
+    shown = llm.image_encoder is not None and draw.random() < share
     return shown_turns(llm, scenes, draw) if shown else as_turns(scenes)
 
 
@@ -182,9 +179,7 @@ def train_finetune(
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, recipe.vokens, device=accelerator.device)
     if recipe.image_adapter:
-        llm.image_encoder = (
-            load_image_adapter(Path(recipe.image_adapter))[0].requires_grad_(False).to(llm.device)
-        )
+        load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     adapted = adapt(llm, start_from, lambda llm: with_lora(llm, recipe))
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     data = list(islice(stories(recipe.seed), recipe.stories))
@@ -210,12 +205,10 @@ def train_finetune(
         draw, generator = step_generator(recipe.seed, step)
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # LoRA's dropout
         batch = draw.sample(data, recipe.batch)
-        told = [_turns(llm, recipe, scenes, draw) for scenes in batch]
+        told = [some_shown(llm, scenes, recipe.shown_share, draw) for scenes in batch]
         shows = [s.state for story, turns in zip(batch, told, strict=True) for s in told_scenes(story, turns)]
         states, text_loss = story_losses(llm, [story_sequence(llm, turns) for turns in told])
-        if (
-            recipe.captions
-        ):  # a batch of their own: padded to a story's length they would cost as much as stories
+        if recipe.captions:  # a batch of their own: padded to a story's length they would cost as much
             alone = [training_state(draw) for _ in range(recipe.captions)]
             sequences = [story_sequence(llm, [Turn(state.caption(), "")]) for state in alone]
             more, caption_text = story_losses(llm, sequences)

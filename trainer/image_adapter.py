@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -31,6 +30,7 @@ from minigpt5_core.vision import (
     ImageEncoder,
     ImageEncoderConfig,
     load_image_adapter,
+    picture_tensor,
     save_image_adapter,
 )
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
@@ -40,11 +40,10 @@ from .progress import Progress, interrupts
 from .showing import caption_turns, questions, shown_turns, soft_pictures, told_scenes
 from .stage import Targets, code_version, load_diffusion
 from .storybook.render import render
-from .storybook.stories import random_state, stories, training_state
-from .storybook.world import BY_TIME, COMPANIONS, HEROES, PLACES, PROPS, State, held_out
+from .storybook.stories import held_out_state, stories, training_state
+from .storybook.world import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
 
 Save = Callable[[], None]
-FACTS = ("hero", "prop", "place", "time")
 CAPTION = re.compile(
     rf"a ({'|'.join(HEROES)})(?: with a ({'|'.join(phrase for phrase, _ in PROPS.values())}))? "
     rf"({'|'.join(place.caption for place in PLACES.values())}) ({'|'.join(BY_TIME.values())})"
@@ -222,10 +221,7 @@ def read_caption(text: str) -> State | None:
 def caption_accuracy(llm: FrozenLLM, count: int, seed: int = 0) -> dict[str, float]:
     """The share of facts right in the LLM's captions of fresh pictures, all of held-out combinations."""
     draw = random.Random(f"captions test/{seed}")
-    states: list[State] = []
-    while len(states) < count:
-        state = random_state(draw)
-        states += [state] if held_out(state) else []
+    states = [held_out_state(draw) for _ in range(count)]
     right = dict.fromkeys(FACTS, 0)
     for first in range(0, count, 20):
         part = states[first : first + 20]
@@ -239,6 +235,6 @@ def caption_accuracy(llm: FrozenLLM, count: int, seed: int = 0) -> dict[str, flo
 def captions(llm: FrozenLLM, pictures: Sequence[Image.Image]) -> list[str]:
     """What the LLM says each picture shows."""
     asking = Sampling(temperature=0.0, max_new_tokens=32, pictures="none")
-    images = [llm.see(torch.from_numpy(np.asarray(picture) / 255)) for picture in pictures]
+    images = [llm.see(picture_tensor(picture)) for picture in pictures]
     prompts = [chat_prompt(llm, caption_turns(image)) for image in images if image is not None]
     return [reply.text for reply in generate(llm, prompts, asking, [0] * len(prompts))]

@@ -19,15 +19,14 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn
-from minigpt5_core.vision import load_image_adapter
 
 from .align import caption_states, picture_latents
-from .finetune import as_turns, story_losses, story_sequence
-from .showing import shown_turns, told_scenes
+from .finetune import some_shown, story_losses, story_sequence
+from .showing import told_scenes
 from .stage import (
     PictureLosses,
     Run,
@@ -72,8 +71,7 @@ def remember(recipe: MapperRecipe, llm: FrozenLLM) -> Remembered:
     draw = random.Random(f"mapper/{recipe.seed}")
     sequences, shows = [], []
     for scenes in islice(stories(recipe.seed), recipe.stories):
-        shown = recipe.image_adapter and draw.random() < recipe.shown_share
-        turns = shown_turns(llm, scenes, draw) if shown else as_turns(scenes)
+        turns = some_shown(llm, scenes, recipe.shown_share, draw)
         sequences.append(story_sequence(llm, turns))
         shows += [scene.state for scene in told_scenes(scenes, turns)]
     for state in caption_states(recipe.captions, recipe.seed).values():
@@ -104,7 +102,7 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_adapter(load_llm(folder, recipe.vokens, device=accelerator.device), start_from / "adapter")
     if recipe.image_adapter:
-        llm.image_encoder = load_image_adapter(Path(recipe.image_adapter))[0].to(llm.device)
+        load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
     mapper = new_mapper(recipe, llm, targets) if recipe.fresh else earlier_mapper(recipe, llm, start_from)

@@ -258,11 +258,7 @@ class Run:
     ) -> None:
         """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
         self.save_mapper(mapper, llm_folder, step, **notes)
-        adapted.peft_config[
-            "default"
-        ].base_model_name_or_path = llm_folder.name  # a path would say whose machine
-        adapted.save_pretrained(str(self.out / "adapter"), save_embedding_layers=False)
-        (self.out / "adapter" / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        save_adapter(adapted, llm_folder, self.out / "adapter")
 
     def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
         """Writes `mapper.safetensors` alone."""
@@ -295,6 +291,14 @@ class Run:
             generator=torch.Generator().manual_seed(0),
         ).images
         grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
+
+
+def save_adapter(adapted: PeftModel, llm_folder: Path, folder: Path) -> None:
+    """Writes the adapter as a PEFT folder, without the embedding matrices that the vokens have made longer."""
+    # a path would say whose machine
+    adapted.peft_config["default"].base_model_name_or_path = llm_folder.name
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
 
 def code_version() -> str:

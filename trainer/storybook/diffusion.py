@@ -27,7 +27,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import compute_snr, diffusion_loss
 
 from ..progress import Progress, grid, interrupts
-from .autoencoder import AutoencoderRecipe, to_tensor, train_autoencoder
+from .autoencoder import AutoencoderRecipe, encode_pictures, train_autoencoder
 from .render import render_with_figures
 from .stories import change_a_fact, stories, training_state
 from .world import State
@@ -179,8 +179,7 @@ def encode_scenes(vae: AutoencoderTiny, count: int, seed: int) -> Scenes:
     latents, figures = [], []
     for first in range(0, count, 16):
         drawn = [render_with_figures(state, draw) for state, _ in items[first : first + 16]]
-        pictures = to_tensor([picture for picture, _ in drawn])
-        latents.append(vae.encode(pictures).latents * vae.config.scaling_factor)
+        latents.append(encode_pictures(vae, [picture for picture, _ in drawn]))
         figures += [torch.from_numpy(cells)[None].float() for _, cells in drawn]
     return Scenes(
         torch.cat(latents), torch.stack(figures), [item[0] for item in items], [item[1] for item in items]

@@ -16,8 +16,9 @@ from minigpt5_core.consistency import looking_at
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.mapper import Mapper
-from minigpt5_core.pipeline import StoryTeller, picture_tensor, prompt_arguments
+from minigpt5_core.pipeline import StoryTeller, prompt_arguments
 from minigpt5_core.prompts import Turn, chat_prompt
+from minigpt5_core.vision import picture_tensor
 from minigpt5_core.vokens import block_starts
 
 from ..caption_adapter import CAPTIONING, CLOSE, OPEN, caption_prompt

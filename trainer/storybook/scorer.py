@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ class Scorer(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(widths)):
             kernel = 5 if index == 0 else 3
             layers += [
                 nn.Conv2d(before, after, kernel, stride=2, padding=kernel // 2),

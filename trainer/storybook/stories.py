@@ -95,6 +95,13 @@ def training_state(draw: random.Random) -> State:
     return state
 
 
+def held_out_state(draw: random.Random) -> State:
+    """Any state that is held out."""
+    while not held_out(state := random_state(draw)):
+        pass
+    return state
+
+
 def change_a_fact(state: State, draw: random.Random) -> State:
     """The state with one fact of it another; never a held-out combination."""
     known = {

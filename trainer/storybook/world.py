@@ -92,6 +92,7 @@ PLACES = {
 }
 
 TIMES = ("day", "night")
+FACTS = ("hero", "prop", "place", "time")  # what is measured of a scene
 BY_TIME = {"day": "by day", "night": "at night"}
 
 NAMES = {
