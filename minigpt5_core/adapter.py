@@ -1,4 +1,4 @@
-"""Adapters in PEFT's layout, read and laid over an LLM without PEFT: voken rows and LoRA (arXiv 2106.09685).
+"""Adapters in PEFT's layout, read and laid over an LLM without PEFT: voken rows, LoRA (arXiv 2106.09685), a prefix.
 
 A trained adapter is used where PEFT need not be installed, inside ComfyUI above all. Training goes through PEFT itself.
 """
@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import BadInputError
+from .prefix import Prefix, read_prefix
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# PEFT's prefix tuning cannot train rows beside it: there they have a file of their own, which says which ids they are.
+VOKEN_ROWS, VOKEN_IDS = "voken_rows.safetensors", "minigpt5.voken_ids"
 OTHER_LLM = "Give the LLM it was trained for, or an adapter that was trained for this one."
 PREFIX = "base_model.model."
 ROWS = "trainable_tokens_delta"
@@ -31,13 +35,15 @@ UNUSED = {
 class Adapter:
     """What training added to an LLM: `rows`, (V, width) by module, for the `voken_ids`; LoRA pairs by module.
 
-    A pair is A (rank, in) and B (out, rank); the weight it changes becomes weight + scale * B @ A.
+    A pair is A (rank, in) and B (out, rank); the weight it changes becomes weight + scale * B @ A. A `prefix` changes
+    no weight: it stands in front of every story.
     """
 
     voken_ids: list[int]
     rows: dict[str, Tensor]
     lora: dict[str, tuple[Tensor, Tensor]]
     scale: float
+    prefix: Prefix | None = None
 
 
 def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int]) -> Adapter:
@@ -45,9 +51,15 @@ def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int])
     _check_files(folder)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     _check_config(config)
+    prefix = None
+    file = folder / ADAPTER_WEIGHTS
+    if config["peft_type"] == "PREFIX_TUNING":
+        prefix = read_prefix(file, causal_lm)
+        file = folder / VOKEN_ROWS
+        config = _config_of_rows(file)
     width = causal_lm.get_input_embeddings().weight.shape[1]
     _check_voken_rows(config, voken_ids, width, folder)
-    weights = load_file(folder / ADAPTER_WEIGHTS)
+    weights = load_file(file)
     _check_tensors(config, weights, causal_lm, width, folder)
     plain = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
     rows = {_module_of_rows(name): weight for name, weight in plain.items() if name.endswith(ROWS)}
@@ -56,7 +68,18 @@ def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int])
         module: (plain[f"{module}.lora_A.weight"], plain[f"{module}.lora_B.weight"]) for module in modules
     }
     scale = config["lora_alpha"] / config["r"] if lora else 1.0
-    return Adapter(voken_ids, rows, lora, scale)
+    return Adapter(voken_ids, rows, lora, scale, prefix)
+
+
+def _config_of_rows(file: Path) -> dict[str, Any]:
+    """What PEFT would say of the rows that lie beside a prefix."""
+    if not file.is_file():
+        raise BadInputError(
+            f"{file.parent} has no {VOKEN_ROWS}, which belongs to its prefix. Copy it as well."
+        )
+    with safe_open(file, framework="pt") as opened:
+        ids = json.loads((opened.metadata() or {}).get(VOKEN_IDS, "[]"))
+    return {"peft_type": "TRAINABLE_TOKENS", "token_indices": ids}
 
 
 @torch.no_grad()
@@ -81,8 +104,8 @@ def _check_files(folder: Path) -> None:
 
 def _check_config(config: Any) -> None:
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise ValueError(f"its peft_type is {kind!r}, expected LORA or TRAINABLE_TOKENS.")
+    if kind not in ("LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING"):
+        raise ValueError(f"its peft_type is {kind!r}, expected LORA, TRAINABLE_TOKENS or PREFIX_TUNING.")
     for name, unused in UNUSED.items():
         if config.get(name, unused) not in (unused, None):
             raise ValueError(f"it sets {name} to {config[name]!r}, which is not supported (only {unused!r}).")

@@ -79,7 +79,7 @@ class StoryCache:
     """Keys and values of a story so far, kept from turn to turn (one story)."""
 
     keys: list[int | tuple] = field(default_factory=list)
-    values: DynamicCache = field(default_factory=DynamicCache)
+    values: DynamicCache | None = None
 
     def reuse(self, keys: list[int | tuple]) -> int:
         """Crops to the longest common beginning, leaving at least one position to compute; returns its length."""
@@ -88,7 +88,7 @@ class StoryCache:
             if mine != theirs:
                 break
             shared += 1
-        if shared < len(self.keys):
+        if self.values is not None and shared < len(self.keys):
             self.values.crop(shared - len(self.keys))  # negative: how many to take off the end
             self.keys = self.keys[:shared]
         return shared
@@ -231,6 +231,9 @@ class _Feeder:
     def __init__(self, llm: FrozenLLM, rows: int, cache: StoryCache | None) -> None:
         self.llm = llm
         self.cache = cache or StoryCache()
+        if self.cache.values is None:
+            self.cache.values = llm.begin(rows)
+        self.prefixed = self.cache.values.get_seq_length() - len(self.cache.keys)
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=llm.device)
 
     def start(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -243,7 +246,8 @@ class _Feeder:
                 f"The prompt is {longest} tokens long; this LLM reads at most {self.llm.context}. Shorten it."
             )
         shared = self.cache.reuse(keys[0]) if len(prompts) == 1 else 0
-        self.mask = torch.ones(len(prompts), shared, dtype=torch.long, device=self.llm.device)
+        known = self.prefixed + shared
+        self.mask = torch.ones(len(prompts), known, dtype=torch.long, device=self.llm.device)
         hidden = self.feed([piece[shared:] for piece in pieces], [key[shared:] for key in keys])
         return torch.stack([hidden[row, len(piece) - shared - 1] for row, piece in enumerate(pieces)])
 

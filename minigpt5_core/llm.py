@@ -1,18 +1,25 @@
 """The frozen LLM behind one small class: any `transformers` causal LM, with V voken rows added."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .adapter import OTHER_LLM, merge_adapter, read_adapter
 from .errors import BadInputError
+from .prefix import Prefix
 from .vision import ImageEncoder, load_image_adapter, to_square
 from .vokens import PICTURE, voken_strings
 from .weights import IMAGE_ADAPTER, hash_weights
@@ -31,13 +38,15 @@ MOST_SEEN = 256  # pictures whose image tokens are kept
 class FrozenLLM:
     """A causal LM and its tokenizer, both with vokens. Nothing of it needs gradients until an adapter is trained.
 
-    `causal_lm` may carry PEFT layers; `width` is L. With an `image_encoder` it sees.
+    `causal_lm` may carry PEFT layers; `width` is L. With an `image_encoder` it sees. A learned `prefix` gives a cache
+    for so many stories that begins with it.
     """
 
     tokenizer: PreTrainedTokenizerBase
     causal_lm: PreTrainedModel
     voken_ids: list[int]
     image_encoder: ImageEncoder | None = None
+    prefix: Callable[[int], DynamicCache] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -46,8 +55,9 @@ class FrozenLLM:
 
     @property
     def context(self) -> int:
-        """The longest sequence the LLM was made for, in tokens."""
-        return self.causal_lm.config.get_text_config().max_position_embeddings
+        """The longest sequence the LLM can read, in tokens: what it was made for, less a prefix."""
+        longest = self.causal_lm.config.get_text_config().max_position_embeddings
+        return longest - self.begin(1).get_seq_length()
 
     @property
     def device(self) -> torch.device:
@@ -57,6 +67,18 @@ class FrozenLLM:
     def decoder(self) -> nn.Module:
         """The model without its head; its `last_hidden_state` is after the final norm."""
         return self.causal_lm.get_decoder()
+
+    def begin(self, rows: int) -> DynamicCache:
+        """The keys and values that `rows` stories begin with: none, or a learned prefix."""
+        return DynamicCache() if self.prefix is None else self.prefix(rows)
+
+    def prefixed(self, prefix: Prefix | None) -> "FrozenLLM":
+        """This LLM with a learned prefix in front, where there is one; BadInputError for a second one."""
+        if prefix is not None and self.prefix is not None:
+            raise BadInputError(
+                "This LLM already has an adapter with a prefix, and only one can stand in front."
+            )
+        return self if prefix is None else replace(self, prefix=prefix)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) ids -> (B, S, L)."""
@@ -132,13 +154,14 @@ def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, voken
 
 
 def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
-    """Lays a PEFT adapter (voken rows, LoRA) over the LLM for use, merged in memory; files are never touched.
+    """Lays a PEFT adapter (voken rows, LoRA or a prefix) over the LLM for use, in memory; files are never touched.
 
     Raises BadInputError when the folder is no whole PEFT adapter or was trained for another LLM.
     """
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
-        merge_adapter(llm.causal_lm, read_adapter(folder, llm.causal_lm, llm.voken_ids))
-    return llm
+        adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids)
+    merge_adapter(llm.causal_lm, adapter)
+    return llm.prefixed(adapter.prefix)
 
 
 def load_sight(

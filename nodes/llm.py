@@ -132,9 +132,15 @@ class LoadAdapter(io.ComfyNode):
         trouble = f"The adapter {adapter_name} does not fit the LLM {llm.name}"
         with reading(trouble, folder, OTHER_LLM):
             adapter = read_adapter(folder, llm.frozen.causal_lm, llm.frozen.voken_ids)
+        if adapter.prefix is not None and strength != 1:
+            raise ValueError(
+                f"strength is {strength:g}: {adapter_name} is a learned prefix, which knows only 1."
+            )
         patcher = llm.patcher.clone()
         patcher.add_patches(_patches(adapter, llm), strength)
-        return io.NodeOutput(replace(llm, patcher=patcher, adapters=(*llm.adapters, adapter_name)))
+        frozen = llm.frozen.prefixed(adapter.prefix)
+        adapters = (*llm.adapters, adapter_name)
+        return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters))
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -7,7 +7,7 @@ import torch
 
 from minigpt5_core.generate import Prompt, Sampling, generate
 from minigpt5_core.prompts import Turn, chat_text
-from trainer.align import trainable, with_voken_rows
+from trainer.adapters import trainable, with_voken_rows
 from trainer.contexts import ContextCache, block_states, caption_ids, caption_passage, story_passage
 from trainer.storybook.stories import stories
 from trainer.storybook.world import State

@@ -10,6 +10,8 @@ from minigpt5_core.llm import load_adapter, load_llm
 from minigpt5_core.prompts import NEXT
 from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+from trainer.adapters import save_adapter as save_prefix
+from trainer.adapters import with_prefix
 
 SHORT = {"max_new_tokens": 6, "temperature": 1.0}
 
@@ -128,6 +130,17 @@ def test_half_an_adapter_is_half_way(pack, llm, models, tiny_llm_folder):
     )
     plain = llm.frozen.causal_lm.state_dict()
     assert all(torch.allclose(half[name], (plain[name] + whole[name]) / 2, atol=1e-5) for name in plain)
+
+
+def test_a_prefix_stands_in_front_of_the_story_and_has_no_strength(pack, llm, models, tiny_llm_folder):
+    prefixed = with_prefix(load_llm(tiny_llm_folder), tokens=3, width=0)
+    save_prefix(prefixed, tiny_llm_folder, models / "loras" / "mine")
+    (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
+    assert adapted.frozen.begin(2).get_seq_length() == 3
+    assert llm.frozen.begin(2).get_seq_length() == 0  # the LLM it is laid over stays as it was
+    assert adapted.adapters == ("mine",)
+    with pytest.raises(ValueError, match="strength is 0.5: mine is a learned prefix"):
+        pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine", strength=0.5)
 
 
 def test_an_adapter_leaves_the_llm_it_is_laid_over_as_it_was(pack, llm, models, tiny_llm_folder):

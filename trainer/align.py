@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel, TrainableTokensConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
@@ -21,6 +20,7 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import voken_loss
 from minigpt5_core.mapper import Mapper
 
+from .adapters import adapt, trainable, with_voken_rows
 from .contexts import ContextCache, Passage, block_states, caption_ids, caption_passage, story_passage
 from .stage import (
     PictureLosses,
@@ -28,14 +28,12 @@ from .stage import (
     StageRecipe,
     Targets,
     Trained,
-    adapt,
     earlier_mapper,
     load_diffusion,
     new_mapper,
     optimise,
     step_generator,
     train,
-    voken_tables,
 )
 from .storybook.autoencoder import encode_pictures
 from .storybook.diffusion import PREVIEW
@@ -69,23 +67,11 @@ def caption_states(count: int, seed: int) -> dict[str, State]:
     return states
 
 
-def with_voken_rows(llm: FrozenLLM) -> PeftModel:
-    """Makes the voken rows trainable, in PEFT's layout, and nothing else; the LLM itself is changed in place."""
-    return get_peft_model(
-        llm.causal_lm, TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=voken_tables(llm))
-    )
-
-
 def passages(llm: FrozenLLM, recipe: AlignRecipe) -> list[Passage]:
     """Everything stage 1 reads: captions, and stories where the recipe asks for them."""
     captions = caption_states(recipe.captions, recipe.seed).values()
     told = islice(stories(recipe.seed), recipe.stories)
     return [caption_passage(llm, state) for state in captions] + [story_passage(llm, s) for s in told]
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that learn."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def picture_latents(pipeline: object, states: Sequence[State], draw: random.Random) -> Tensor:

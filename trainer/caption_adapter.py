@@ -21,10 +21,10 @@ from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.prompts import Turn, chat_text
 
-from .align import trainable
+from .adapters import save_adapter, trainable
 from .finetune import story_sequence, text_losses
 from .progress import Progress, interrupts
-from .stage import optimise, save_adapter, step_generator
+from .stage import optimise, step_generator
 from .storybook.stories import TrueScene, stories
 
 OPEN, CLOSE = "\n(", ")"

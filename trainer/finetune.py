@@ -1,4 +1,4 @@
-"""Stage 2: interleaved stories. Trains LoRA, the voken rows and the mapper (arXiv 2310.02239, section 3.3).
+"""Stage 2: interleaved stories. Trains LoRA or a prefix, the voken rows and the mapper (arXiv 2310.02239, 3.3).
 
     python -m trainer finetune --recipe trainer/recipes/storybook_finetune.toml --from runs/align --out runs/finetune
 
@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
+from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import IGNORED, voken_loss
@@ -24,7 +25,8 @@ from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts, gather_voken_states
 
-from .align import caption_states, picture_latents, trainable
+from .adapters import adapt, trainable, voken_tables, with_prefix
+from .align import caption_states, picture_latents
 from .showing import questions, shown_turns, told_scenes
 from .stage import (
     PictureLosses,
@@ -32,14 +34,12 @@ from .stage import (
     StageRecipe,
     Targets,
     Trained,
-    adapt,
     earlier_mapper,
     load_diffusion,
     new_mapper,
     optimise,
     step_generator,
     train,
-    voken_tables,
 )
 from .storybook.stories import TrueScene, stories, training_state
 
@@ -51,6 +51,9 @@ class FinetuneRecipe(StageRecipe):
 
     With an `image_adapter` the LLM is shown pictures, in a `shown_share` of the stories, and asked `questions` times a
     step what one shows; the image adapter itself stays as it is.
+
+    `adapter` is "lora", or "prefix": `prefix_tokens` learned keys and values in front, made by a network of width
+    `prefix_width` as published (0: learned themselves), at the LoRA's rate.
     """
 
     stories: int = 2000
@@ -58,11 +61,19 @@ class FinetuneRecipe(StageRecipe):
     image_adapter: str = ""
     shown_share: float = 0.5
     questions: int = 2
+    adapter: str = "lora"
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     lora_targets: tuple = ("q_proj", "v_proj")
     lora_rate: float = 5e-4
+    prefix_tokens: int = 5
+    prefix_width: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter not in ("lora", "prefix"):
+            raise BadInputError(f"adapter is {self.adapter!r}; it can be lora or prefix.")
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,13 @@ def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
     return [Turn(scene.request, scene.text) for scene in scenes]
 
 
+def with_adapter(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
+    """Adds what the recipe trains of the LLM, which is changed in place and itself stays frozen."""
+    if recipe.adapter == "prefix":
+        return with_prefix(llm, recipe.prefix_tokens, recipe.prefix_width)
+    return with_lora(llm, recipe)
+
+
 def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     """Adds LoRA and trainable voken rows; the LLM itself is changed in place and stays frozen."""
     tables = voken_tables(llm)
@@ -136,7 +154,7 @@ def some_shown(llm: FrozenLLM, scenes: Sequence[TrueScene], share: float, draw: 
 def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:
     """One forward over stories padded behind: voken states of all blocks (k, V, L), and the text loss."""
     # no attention mask: padding stands behind everything that counts, and attention is causal
-    hidden = llm.decoder(inputs_embeds=_embed(llm, sequences)).last_hidden_state
+    hidden = _hidden(llm, sequences)
     blocks = [(row, start) for row, sequence in enumerate(sequences) for start in sequence.blocks]
     states = gather_voken_states(hidden, blocks, len(llm.voken_ids))
     return states, _text_loss(llm, sequences, hidden)
@@ -144,7 +162,13 @@ def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Te
 
 def text_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
     """The same forward for sequences that hold no voken blocks: the text loss alone."""
-    return _text_loss(llm, sequences, llm.decoder(inputs_embeds=_embed(llm, sequences)).last_hidden_state)
+    return _text_loss(llm, sequences, _hidden(llm, sequences))
+
+
+def _hidden(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
+    """(B, S, L) last-layer states."""
+    known = llm.begin(len(sequences))
+    return llm.decoder(inputs_embeds=_embed(llm, sequences), past_key_values=known).last_hidden_state
 
 
 def _text_loss(llm: FrozenLLM, sequences: Sequence[StorySequence], hidden: Tensor) -> Tensor:
@@ -180,18 +204,20 @@ def train_finetune(
     llm = load_llm(folder, recipe.vokens, device=accelerator.device)
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
-    adapted = adapt(llm, start_from, lambda llm: with_lora(llm, recipe))
+    adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
     data = list(islice(stories(recipe.seed), recipe.stories))
     targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
     trained = Trained(mapper, trainable(adapted))
     rows = [p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" in name]
-    lora = [p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" in name]
+    others = [
+        p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" not in name
+    ]
     optimizer = torch.optim.AdamW(
         [
             {"params": rows, "lr": recipe.row_rate, "weight_decay": 0.0},
-            {"params": lora, "lr": recipe.lora_rate, "weight_decay": recipe.weight_decay},
+            {"params": others, "lr": recipe.lora_rate, "weight_decay": recipe.weight_decay},
             {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
         ]
     )

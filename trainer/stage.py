@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from minigpt5_core.conditioning import SPACES, Space
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_adapter
+from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.losses import (
     LossWeights,
     caption_loss,
@@ -31,6 +31,7 @@ from minigpt5_core.losses import (
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
 from minigpt5_core.weights import MapperHeader, hash_weights, load_mapper, save_mapper
 
+from .adapters import save_adapter
 from .progress import Progress, grid, interrupts
 from .storybook.diffusion import encode_texts
 
@@ -131,36 +132,6 @@ def scale_to(mapper: Mapper, targets: Targets) -> None:
 def recipe_space(recipe: StageRecipe) -> Space:
     """The space the recipe names, with its own number of tokens."""
     return replace(SPACES[recipe.space], tokens=recipe.tokens)
-
-
-def voken_tables(llm: FrozenLLM) -> list[str]:
-    """The modules whose voken rows learn: the embedding, and the output head where it has weights of its own."""
-    embedding, head = llm.causal_lm.get_input_embeddings(), llm.causal_lm.get_output_embeddings()
-    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
-    names = {module: name.rsplit(".", 1)[-1] for name, module in llm.causal_lm.named_modules()}
-    return [names[table] for table in tables]
-
-
-def has_lora(adapter: Path) -> bool:
-    """Whether an adapter is stage 2's, and not only voken rows."""
-    return PeftConfig.from_pretrained(str(adapter)).peft_type == PeftType.LORA
-
-
-def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftModel]) -> PeftModel:
-    """The LLM with what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
-
-    Voken rows of an earlier stage 1 are laid into the LLM first, for the fresh adapter to begin with.
-    """
-    if start is None:
-        return fresh(llm)
-    if not (start / "mapper.safetensors").is_file():
-        raise BadInputError(
-            f"--from {start} holds no mapper.safetensors. Give the --out folder of an align or finetune run."
-        )
-    if has_lora(start / "adapter"):
-        return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
-    load_adapter(llm, start / "adapter")
-    return fresh(llm)
 
 
 def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
@@ -291,14 +262,6 @@ class Run:
             generator=torch.Generator().manual_seed(0),
         ).images
         grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
-
-
-def save_adapter(adapted: PeftModel, llm_folder: Path, folder: Path) -> None:
-    """Writes the adapter as a PEFT folder, without the embedding matrices that the vokens have made longer."""
-    # a path would say whose machine
-    adapted.peft_config["default"].base_model_name_or_path = llm_folder.name
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
 
 def code_version() -> str:

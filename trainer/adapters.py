@@ -1,0 +1,99 @@
+"""What learns of the LLM, through PEFT: voken rows alone, LoRA or a prefix with them; and how it is written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    TaskType,
+    TrainableTokensConfig,
+    get_peft_model,
+)
+from torch import nn
+
+from minigpt5_core.adapter import PREFIX, VOKEN_IDS, VOKEN_ROWS
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM, load_adapter
+from minigpt5_core.weights import atomic_save
+
+
+def voken_tables(llm: FrozenLLM) -> list[str]:
+    """The modules whose voken rows learn: the embedding, and the output head where it has weights of its own."""
+    embedding, head = llm.causal_lm.get_input_embeddings(), llm.causal_lm.get_output_embeddings()
+    tables = [embedding] if head.weight is embedding.weight else [embedding, head]
+    names = {module: name.rsplit(".", 1)[-1] for name, module in llm.causal_lm.named_modules()}
+    return [names[table] for table in tables]
+
+
+def with_voken_rows(llm: FrozenLLM) -> PeftModel:
+    """Makes the voken rows trainable, in PEFT's layout, and nothing else; the LLM itself is changed in place."""
+    return get_peft_model(
+        llm.causal_lm, TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=voken_tables(llm))
+    )
+
+
+def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> PeftModel:
+    """Puts a learned prefix of `tokens` in front of every story, and makes the voken rows trainable.
+
+    The prefix comes out of a network of that `width`, or with width 0 is learned itself.
+    """
+    projected = {"prefix_projection": True, "encoder_hidden_size": width} if width else {}
+    config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens, **projected)
+    adapted = get_peft_model(llm.causal_lm, config)
+    # in place, and after the prefix, which freezes everything it finds
+    with_voken_rows(llm)
+    llm.prefix = adapted.get_prompt
+    return adapted
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftModel]) -> PeftModel:
+    """The LLM with what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
+
+    Voken rows of an earlier stage 1 are laid into the LLM first, for the fresh adapter to begin with.
+    """
+    if start is None:
+        return fresh(llm)
+    if not (start / "mapper.safetensors").is_file():
+        raise BadInputError(
+            f"--from {start} holds no mapper.safetensors. Give the --out folder of an align or finetune run."
+        )
+    kind = PeftConfig.from_pretrained(str(start / "adapter")).peft_type
+    if kind == PeftType.PREFIX_TUNING:
+        raise BadInputError(
+            f"--from {start}: its adapter is a learned prefix, and the network it came out of is not kept. Give a run "
+            "of align, or of finetune with LoRA; an interrupted run goes on with --resume."
+        )
+    if kind == PeftType.LORA:
+        return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
+    load_adapter(llm, start / "adapter")
+    return fresh(llm)
+
+
+def save_adapter(adapted: PeftModel, llm_folder: Path, folder: Path) -> None:
+    """Writes the adapter as a PEFT folder, without the embedding matrices that the vokens have made longer."""
+    # a path would say whose machine
+    adapted.peft_config["default"].base_model_name_or_path = llm_folder.name
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    if adapted.peft_config["default"].peft_type == PeftType.PREFIX_TUNING:
+        save_voken_rows(adapted, folder)
+
+
+def save_voken_rows(adapted: PeftModel, folder: Path) -> None:
+    """Writes the rows that learned beside the prefix into its folder."""
+    rows, ids = {}, []
+    for name, module in adapted.get_base_model().named_modules():
+        if hasattr(module, "trainable_tokens_delta"):
+            rows[f"{PREFIX}{name}.trainable_tokens_delta"] = module.trainable_tokens_delta["default"].detach()
+            ids = list(module.token_indices["default"])
+    metadata = {"format": "pt", VOKEN_IDS: json.dumps(ids)}
+    atomic_save({name: row.contiguous().clone() for name, row in rows.items()}, folder / VOKEN_ROWS, metadata)
