@@ -5,6 +5,7 @@ And this pack loaded as ComfyUI loads it, with stand-ins (tests/comfy_stand_ins)
 
 import asyncio
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,3 +158,29 @@ def load_pack(host: Callable[[str], ModuleType]) -> type[Pack]:
 @pytest.fixture
 def pack(load_pack: type[Pack]) -> Pack:
     return load_pack()
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tiny_llm_folder: Path, tiny_diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
+    """An aligned run and an image adapter trained with it, each in a few steps."""
+    from trainer.align import AlignRecipe, train_align
+    from trainer.image_adapter import ImageAdapterRecipe, train_image_adapter
+
+    folder = tmp_path_factory.mktemp("trained")
+    llm = Path(
+        shutil.copytree(tiny_llm_folder, folder / "llm")
+    )  # a token a letter: a story needs more context
+    config = (llm / "config.json").read_text()
+    (llm / "config.json").write_text(
+        config.replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096')
+    )
+    parts = {"llm": str(llm), "diffusion": str(tiny_diffusion_folder)}
+    train_align(AlignRecipe(**parts, captions=8, steps=1, batch=2), folder / "align")
+    recipe = ImageAdapterRecipe(
+        **parts, adapter=str(folder / "align" / "adapter"), mapper=str(folder / "align" / "mapper.safetensors"),
+        tokens=4, word_steps=2, word_batch=2, story_steps=1, story_batch=1, caption_batch=1, pictures=2,
+    )  # fmt: skip
+    train_image_adapter(recipe, folder / "sight")
+    return folder, parts

@@ -5,43 +5,36 @@ python -m trainer evaluate --recipe trainer/recipes/storybook_evaluate.toml --ou
 
 import json
 import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations, islice
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from PIL import Image
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
-from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference, frechet_distance
-from minigpt5_core.pipeline import Parts, StoryTeller, load
-from minigpt5_core.weights import load_mapper
+from minigpt5_core.pipeline import STORYBOOK, Parts, StoryTeller, load
+from minigpt5_core.weights import hash_weights, load_mapper
 
-from .progress import Progress, grid
+from .gallery import Gallery, fingerprint
+from .measure import features_of, measure, single_facts, summarise
+from .progress import Progress
 from .report import write_report
 from .storybook import rows
-from .storybook.autoencoder import to_tensor
-from .storybook.identity import identity
 from .storybook.render import render
 from .storybook.rows import Drawing, Drawn, Row
-from .storybook.scorer import Scorer, accuracy, load_scorer
+from .storybook.scorer import accuracy, load_scorer
 from .storybook.stories import TrueScene, held_out_state, stories
-from .storybook.world import FACTS, State
 
-COLUMNS = (
-    "hero", "prop", "place", "time", "hero_named", "hero_unnamed", "prop_named", "prop_carried", "consistency",
-    "identity", "image_similarity", "fid", "seconds_per_scene", "llm_tokens_per_scene",
-    "caption_hero", "caption_prop", "caption_place", "caption_time",
-)  # fmt: skip
-LEAST_FOR_FID = 400  # pictures a side
 ROWS = (
     "vokens", "vokens_reference", "vokens_consistent", "two_stage", "two_stage_history", "two_stage_caption", "oracle",
 )  # fmt: skip
+SINGLE = ("vokens", "oracle")  # the rows that also draw single captions
+SHEET = 10  # single captions to a strip
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ class EvaluateRecipe:
     image_adapter: str = ""
     reference_mapper: str = "storybook/benchmark/reference_mapper.safetensors"
     caption_adapter: str = "storybook/benchmark/caption_adapter"
-    scorer: str = "storybook/scorer.safetensors"
+    scorer: str = "storybook/benchmark/scorer.safetensors"
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in ROWS]:
@@ -72,18 +65,40 @@ class EvaluateRecipe:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a row's pictures came to: values by column, one a scene, NaN where undefined; features (N, D)."""
-
-    values: dict[str, np.ndarray]
-    features: np.ndarray
-
-
 def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
-    """Draws, measures, writes `report.json`, `report.html` and `pictures/` into `out`; returns the report."""
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    teller = load(
+    """Draws, measures, writes `report.json`, `report.html` and `pictures/` into `out`; returns the report.
+
+    Started by `accelerate launch`, each process draws its share of the stories. What an earlier, broken-off call drew
+    with the same settings and weights is not drawn again.
+    """
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    told = list(islice(stories(recipe.seed, "test"), recipe.stories))
+    singles = single_captions(recipe)
+    teller = _load(recipe)
+    ways = _rows(recipe, teller)
+    galleries = {name: _gallery(recipe, out, name) for name in ways}
+    alone = {name: _gallery(recipe, out, name, "captions") for name in ways if name in SINGLE}
+    share = slice(processes.process_index, None, processes.num_processes)
+    _draw(list(enumerate(told))[share], 1000 * recipe.seed, 1000, ways, galleries)
+    single_ways = {name: way for name, way in rows.single(teller, _drawing(recipe)).items() if name in alone}
+    _draw(list(enumerate(singles))[share], 1000 * recipe.seed, SHEET, single_ways, alone)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        _report(recipe, out, told, singles, galleries, alone)
+    processes.wait_for_everyone()
+    return json.loads((out / "report.json").read_text())
+
+
+def single_captions(recipe: EvaluateRecipe) -> list[list[TrueScene]]:
+    """Captions by themselves, all of held-out combinations, in sheets."""
+    draw = random.Random(f"single captions/{recipe.seed}")
+    states = [held_out_state(draw) for _ in range(recipe.captions)]
+    scenes = [TrueScene(state.caption(), "", state, names_kind=True, names_prop=True) for state in states]
+    return [scenes[first : first + SHEET] for first in range(0, len(scenes), SHEET)]
+
+
+def _load(recipe: EvaluateRecipe) -> StoryTeller:
+    return load(
         Parts(
             _path(recipe.llm),
             _path(recipe.adapter),
@@ -92,23 +107,10 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
             image_adapter=_path(recipe.image_adapter),
         )
     )
-    scorer = load_scorer(Path(recipe.scorer))
-    told = list(islice(stories(recipe.seed, "test"), recipe.stories))
-    true = [[render(s.state, random.Random(f"true/{recipe.seed}/{n}/{i}")) for i, s in enumerate(story)]
-            for n, story in enumerate(told)]  # fmt: skip
-    _save_strips(out, "true", true)
-    true_features = _features(scorer, [picture for story in true for picture in story])
-    measured = {}
-    for name, row in _rows(recipe, teller).items():
-        drawn = _draw(name, row, told, recipe.seed)
-        _save_strips(out, name, [[scene.picture for scene in story] for story in drawn])
-        measured[name] = measure(scorer, told, drawn, true_features)
-    singles = _single_captions(recipe, teller, scorer)
-    report = summarise(recipe, told, measured, true_features, singles)
-    report["settings"]["scorer_accuracy"] = accuracy(scorer, 500, seed=recipe.seed + 1)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_report(out, report, told)
-    return report
+
+
+def _drawing(recipe: EvaluateRecipe) -> Drawing:
+    return Drawing(recipe.steps, recipe.guidance)
 
 
 def _path(value: str) -> Path | None:
@@ -125,7 +127,7 @@ def _rows(recipe: EvaluateRecipe, teller: StoryTeller) -> dict[str, Row]:
     for name in sorted(absent):
         path, command = needed[name]
         print(f"row {name} is left out: there is nothing at {path}. It is made by {command}")
-    drawing = Drawing(recipe.steps, recipe.guidance)
+    drawing = _drawing(recipe)
     ways = {
         "vokens": lambda: rows.vokens(teller, drawing, feed_back=recipe.feed_back),
         "vokens_reference": lambda: rows.vokens(
@@ -151,158 +153,71 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
     return llm
 
 
-def _draw(name: str, row: Row, told: list[list[TrueScene]], seed: int) -> list[list[Drawn]]:
-    print(f"row {name}")
+def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> Gallery:
+    """Where a row's pictures lie; what they were drawn with are all parts, and the row's own."""
+    settings = {key: getattr(recipe, key) for key in ("seed", "steps", "guidance", "feed_back")}
+    parts = [
+        _path(recipe.mapper) or STORYBOOK / "voken_mappers",
+        _path(recipe.adapter) or STORYBOOK / "loras",
+        _path(recipe.diffusion) or STORYBOOK / "diffusers",
+        _path(recipe.image_adapter) or STORYBOOK / "LLM",
+    ]
+    settings["llm"] = hash_weights(_path(recipe.llm) or default_llm())
+    own = {"vokens_reference": recipe.reference_mapper, "two_stage_caption": recipe.caption_adapter}
+    if name in own:
+        parts.append(Path(own[name]))
+    return Gallery(out / "pictures" / below / name, fingerprint(settings, parts))
+
+
+def _draw(
+    told: list[tuple[int, list[TrueScene]]],
+    seed: int,
+    stride: int,
+    ways: dict[str, Row],
+    galleries: dict[str, Gallery],
+) -> None:
+    """Story by story, each in all ways in turn, so that a busy machine slows none of them more than the others."""
     progress = Progress(len(told))
-    drawn = []
-    for number, story in enumerate(told):
-        drawn.append(list(row(story, 1000 * (seed + number))))
-        progress.update(number + 1, len(story))
-    return drawn
+    for done, (number, story) in enumerate(told, 1):
+        missing = [name for name in ways if not galleries[name].has(number)]
+        for name in missing:
+            galleries[name].save(number, list(ways[name](story, seed + stride * number)))
+        progress.update(done, len(missing) * len(story))
 
 
-def measure(
-    scorer: Scorer, told: list[list[TrueScene]], drawn: list[list[Drawn]], true_features: np.ndarray
-) -> Measured:
-    """Every column that has a value for each scene."""
-    scenes = [scene for story in told for scene in story]
-    flat = [scene for story in drawn for scene in story]
-    pictures = [scene.picture for scene in flat]
-    seen, features = scorer.read(pictures), _features(scorer, pictures)
-    states = [scene.state for scene in scenes]
-    right = {name: _right(states, seen, name) for name in FACTS}
-    named = np.array([scene.names_kind for scene in scenes])
-    prop_named = np.array([scene.names_prop for scene in scenes])
-    carried = np.array([scene.state.prop is not None and not scene.names_prop for scene in scenes])
-    lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(true_features, axis=1)
-    values = right | {
-        "hero_named": np.where(named, right["hero"], np.nan),
-        "hero_unnamed": np.where(named, np.nan, right["hero"]),
-        "prop_named": np.where(prop_named, right["prop"], np.nan),
-        "prop_carried": np.where(carried, right["prop"], np.nan),
-        "consistency": _consistency([len(story) for story in told], seen),
-        "identity": _identities(told, pictures, seen),
-        "image_similarity": (features * true_features).sum(1) / lengths,
-        "seconds_per_scene": np.array([scene.seconds for scene in flat]),
-        "llm_tokens_per_scene": np.array([float(scene.llm_tokens) for scene in flat]),
-    }
-    return Measured(values, features)
-
-
-def _right(true: Sequence[State], seen: Sequence[State], fact: str) -> np.ndarray:
-    """1 where the scorer reads the true fact, else 0."""
-    return np.array([float(getattr(a, fact) == getattr(b, fact)) for a, b in zip(true, seen, strict=True)])
-
-
-def _consistency(lengths: Sequence[int], seen: Sequence[State]) -> np.ndarray:
-    """For each later scene, whether its picture shows the hero that the story's first picture shows."""
-    same = []
-    start = 0
-    for length in lengths:
-        heroes = [state.hero for state in seen[start : start + length]]
-        same += [np.nan, *(float(hero == heroes[0]) for hero in heroes[1:])]
-        start += length
-    return np.array(same)
-
-
-def _identities(
-    told: list[list[TrueScene]], pictures: Sequence[Image.Image], seen: Sequence[State]
-) -> np.ndarray:
-    """Likeness of each story's hero to its first appearance."""
-    values: list[float] = []
-    for story in told:
-        part = slice(len(values), len(values) + len(story))
-        hero = story[0].state.hero
-        values += identity(pictures[part], hero, [state.hero == hero for state in seen[part]])
-    return np.array(values)
-
-
-@torch.no_grad()
-def _features(scorer: Scorer, pictures: list[Image.Image]) -> np.ndarray:
-    parts = [pictures[first : first + 64] for first in range(0, len(pictures), 64)]
-    return torch.cat([scorer.features(to_tensor(part)) for part in parts]).double().numpy()
-
-
-def _single_captions(
-    recipe: EvaluateRecipe, teller: StoryTeller, scorer: Scorer
-) -> dict[str, dict[str, np.ndarray]]:
-    """Captions by themselves, all of held-out combinations: vokens beside the text encoder."""
-    drawing = Drawing(recipe.steps, recipe.guidance)
-    draw = random.Random(f"single captions/{recipe.seed}")
-    states = [held_out_state(draw) for _ in range(recipe.captions)]
-    pictures: dict[str, list[Image.Image]] = {"vokens": [], "oracle": []}
-    progress = Progress(len(states))
-    print("single captions")
-    for number, state in enumerate(states):
-        answer = teller.mapper(rows.caption_states(teller.llm, state.caption()))
-        seed = 1000 * recipe.seed + number
-        pictures["vokens"].append(
-            rows.draw_conditioning(teller, drawing, answer, teller.mapper.negative(), seed)
-        )
-        pictures["oracle"].append(rows.draw_prompt(teller, drawing, state.caption(), seed))
-        progress.update(number + 1, 2)
-    seen = {name: scorer.read(drawn) for name, drawn in pictures.items()}
-    return {
-        name: {f"caption_{fact}": _right(states, read, fact) for fact in FACTS} for name, read in seen.items()
-    }
-
-
-def summarise(
+def _report(
     recipe: EvaluateRecipe,
+    out: Path,
     told: list[list[TrueScene]],
-    measured: dict[str, Measured],
-    true_features: np.ndarray,
-    singles: dict[str, dict[str, np.ndarray]],
-) -> dict:
-    """The report: every column of every row with its interval, and the differences between rows."""
-    groups = np.repeat(np.arange(len(told)), [len(story) for story in told])
-    table: dict[str, dict] = {}
-    for name, row in measured.items():
-        cells = {column: _cell(bootstrap(values, groups)) for column, values in row.values.items()}
-        cells["fid"] = _cell(_fid(row.features, true_features, groups))
-        alone = singles.get(name, {})
-        cells |= {
-            column: _cell(bootstrap(values, np.arange(len(values)))) for column, values in alone.items()
-        }
-        table[name] = {column: cells.get(column) for column in COLUMNS}
-    differences: dict[str, dict] = {}
-    for first, second in combinations(measured, 2):
-        pairs = {
-            column: (values, measured[second].values[column])
-            for column, values in measured[first].values.items()
-        }
-        cells = {column: _cell(bootstrap_difference(*pair, groups)) for column, pair in pairs.items()}
-        for column in singles.get(first, {}).keys() & singles.get(second, {}).keys():
-            one, other = singles[first][column], singles[second][column]
-            cells[column] = _cell(bootstrap_difference(one, other, np.arange(len(one))))
-        differences[f"{first}-{second}"] = {column: cells.get(column) for column in COLUMNS}
-    settings = asdict(recipe) | {"scenes": len(groups)}
-    return {"rows": table, "differences": differences, "settings": settings}
+    singles: list[list[TrueScene]],
+    galleries: dict[str, Gallery],
+    alone: dict[str, Gallery],
+) -> None:
+    """Measures what was drawn and writes the report."""
+    scorer = load_scorer(Path(recipe.scorer))
+    true = [_true_pictures(recipe, number, story) for number, story in enumerate(told)]
+    for number, pictures in enumerate(true):
+        Gallery(out / "pictures" / "true", "").save(number, [Drawn(picture, 0, 0.0) for picture in pictures])
+    true_features = features_of(scorer, [picture for story in true for picture in story])
+    measured = {
+        name: measure(scorer, told, [gallery.load(number) for number in range(len(told))], true_features)
+        for name, gallery in galleries.items()
+    }
+    right = {
+        name: single_facts(scorer, singles, [gallery.load(number) for number in range(len(singles))])
+        for name, gallery in alone.items()
+    }
+    report = summarise(told, measured, true_features, right)
+    report["settings"] = asdict(recipe) | {
+        "scenes": sum(map(len, told)),
+        "scorer_accuracy": accuracy(scorer, 500, seed=recipe.seed + 1),
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_report(out, report, told)
 
 
-def _cell(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else {name: round(value, 5) for name, value in asdict(interval).items()}
-
-
-def _fid(features: np.ndarray, true: np.ndarray, groups: np.ndarray, draws: int = 100) -> Interval | None:
-    """Frechet distance to the true pictures, whole stories drawn for the interval; None for too few pictures."""
-    if len(features) < LEAST_FOR_FID:
-        return None
-    chance = np.random.default_rng(0)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    values = []
-    for _ in range(draws):
-        picked = np.concatenate([members[index] for index in chance.integers(0, len(members), len(members))])
-        values.append(frechet_distance(features[picked], true[picked]))
-    low, middle, high = np.percentile(values, (2.5, 50, 97.5))
-    whole = frechet_distance(features, true)
-    # stories drawn twice raise the distance: of the drawn ones only the spread is taken
-    return Interval(whole, float(whole + low - middle), float(whole + high - middle))
-
-
-def _save_strips(out: Path, name: str, pictures: list[list[Image.Image]]) -> None:
-    """One strip of pictures a story."""
-    folder = out / "pictures" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, strip in enumerate(pictures):
-        grid(strip, len(strip)).save(folder / f"story_{number:03}.png")
+def _true_pictures(recipe: EvaluateRecipe, number: int, story: list[TrueScene]) -> list[Image.Image]:
+    return [
+        render(scene.state, random.Random(f"true/{recipe.seed}/{number}/{index}"))
+        for index, scene in enumerate(story)
+    ]

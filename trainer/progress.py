@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from PIL import Image
 
+GAP = 2  # between the pictures of a grid, in pixels
+
 
 class Progress:
     """Prints a line every `every` seconds: step, losses (running mean since the last line), samples/s, time left."""
@@ -37,12 +39,12 @@ class Progress:
 
 
 def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, row by row, with a 2-pixel gap."""
+    """Pictures of one size side by side, row by row, with a gap."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), "white")
+    sheet = Image.new("RGB", (columns * (width + GAP), rows * (height + GAP)), "white")
     for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * (width + 2), index // columns * (height + 2)))
+        sheet.paste(picture, (index % columns * (width + GAP), index // columns * (height + GAP)))
     return sheet
 
 

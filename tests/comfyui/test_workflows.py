@@ -122,7 +122,9 @@ def test_a_story_that_begins_with_a_picture_alone_goes_on_with_its_hero(server):
     graph = shorten(twin(OWN), steps=20)
     (save,) = of_class(graph, "MiniGPT5SaveStory")
     result = server.run(graph)
-    seen = load_scorer(ROOT / "storybook" / "scorer.safetensors").read(shown(server, result, save))
+    seen = load_scorer(ROOT / "storybook" / "benchmark" / "scorer.safetensors").read(
+        shown(server, result, save)
+    )
     assert [state.hero for state in seen] == ["lion"] * 3
 
 

@@ -23,7 +23,7 @@ LARGEST_FILE = 16 * 2**20
 class BundleRecipe:
     """Where the parts are: a diffusers folder, runs' folders, a scorer; an empty one is left as it was.
 
-    `reference` is a run of the mapper alone, `captions` the rival's adapter: both are for the benchmark only.
+    `scorer`, `reference` (a run of the mapper alone) and `captions` (the rival's adapter) serve the benchmark only.
     """
 
     diffusion: str = ""
@@ -39,7 +39,8 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
     for source in asdict(recipe).values():
         if source and not Path(source).exists():
             raise BadInputError(f"There is nothing at {source}. Name what training wrote, or leave it out.")
-    (out / "voken_mappers").mkdir(parents=True, exist_ok=True)
+    for folder in ("voken_mappers", "benchmark"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     if recipe.diffusion:
         pipeline = StableDiffusionPipeline.from_pretrained(
             recipe.diffusion, torch_dtype=torch.float16, local_files_only=True
@@ -56,7 +57,7 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
     if recipe.captions:
         _write_adapter(Path(recipe.captions) / "adapter", out / "benchmark" / "caption_adapter")
     if recipe.scorer:
-        shutil.copyfile(recipe.scorer, out / "scorer.safetensors")
+        shutil.copyfile(recipe.scorer, out / "benchmark" / "scorer.safetensors")
     _forget_paths(out / "diffusers")
     write_world(out / "world.json")
     for path in sorted(out.rglob("*")):

@@ -140,6 +140,19 @@ def caption_states(llm: FrozenLLM, caption: str) -> torch.Tensor:
     return generate(llm, [Prompt(caption_ids(llm, caption))], BLOCK_ONLY, [0])[0].voken_states
 
 
+def single(teller: StoryTeller, drawing: Drawing) -> dict[str, Row]:
+    """The ways to draw captions that stand by themselves: no story, each its own."""
+
+    def by_vokens(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
+        for index, scene in enumerate(scenes):
+            began = time.perf_counter()
+            answer = teller.mapper(caption_states(teller.llm, scene.caption))
+            picture = draw_conditioning(teller, drawing, answer, teller.mapper.negative(), seed + index)
+            yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
+
+    return {"vokens": by_vokens, "oracle": two_stage(teller, drawing, true_captions)}
+
+
 def draw_conditioning(
     teller: StoryTeller, drawing: Drawing, positive: Conditioning, negative: Conditioning, seed: int
 ) -> Image.Image:

@@ -31,7 +31,7 @@ class ScoreRecipe:
     adapter: str = ""
     mapper: str = ""
     diffusion: str = ""
-    scorer: str = "storybook/scorer.safetensors"
+    scorer: str = "storybook/benchmark/scorer.safetensors"
     oracle: bool = True
 
 

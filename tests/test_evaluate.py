@@ -1,0 +1,203 @@
+"""The benchmark and the ablations on tiny parts: what is drawn, kept, measured and reported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from minigpt5_core.errors import BadInputError
+from trainer import ablate
+from trainer.ablate import read_variants, run_ablations
+from trainer.caption_adapter import CaptionAdapterRecipe, train_caption_adapter
+from trainer.evaluate import ROWS, EvaluateRecipe, evaluate
+from trainer.gallery import Gallery, fingerprint
+from trainer.measure import COLUMNS
+from trainer.recipe import load_recipe
+from trainer.storybook.rows import Drawn
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def small(trained, tmp_path_factory):
+    """An evaluation of two stories in one step, all rows."""
+    folder, parts = trained
+    run, captions = folder / "align", tmp_path_factory.mktemp("captions")
+    train_caption_adapter(CaptionAdapterRecipe(llm=parts["llm"], stories=4, steps=1), captions)
+    return EvaluateRecipe(
+        **parts, adapter=str(run / "adapter"), mapper=str(run / "mapper.safetensors"), stories=2, steps=1, captions=2,
+        reference_mapper=str(run / "mapper.safetensors"), caption_adapter=str(captions / "adapter"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(small, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluate")
+    evaluate(small, out)
+    return out
+
+
+def test_a_report_has_every_row_and_column_with_an_interval_or_nothing(report):
+    found = json.loads((report / "report.json").read_text())
+    assert tuple(found["rows"]) == ROWS
+    for cells in found["rows"].values():
+        assert tuple(cells) == COLUMNS
+        assert all(cell is None or cell["low"] <= cell["mean"] <= cell["high"] for cell in cells.values())
+    assert found["rows"]["two_stage"]["caption_hero"] is None and found["rows"]["oracle"]["fid"] is None
+    assert found["rows"]["vokens"]["llm_tokens_per_scene"]["mean"] == 8
+
+
+def test_rows_that_draw_the_same_differ_in_nothing(report):
+    """The reference mapper is given the same file here, so both rows draw the same pictures."""
+    cells = json.loads((report / "report.json").read_text())["differences"]["vokens-vokens_reference"]
+    same = {name: cells[name]["mean"] for name in ("hero", "prop", "place", "time", "image_similarity")}
+    assert same == dict.fromkeys(same, 0.0)
+
+
+def test_the_page_shows_the_strips_it_names(report):
+    page = (report / "report.html").read_text()
+    for name in ("true", "vokens", "oracle"):
+        strip = f"pictures/{name}/story_000.png"
+        assert strip in page and (report / strip).is_file()
+
+
+def test_what_was_drawn_is_not_drawn_again(report, small, monkeypatch):
+    before = json.loads((report / "report.json").read_text())
+    monkeypatch.setattr(Gallery, "save", refuse_all_but_the_true(Gallery.save))
+    assert evaluate(small, report) == before
+
+
+def refuse_all_but_the_true(plain):
+    def save(self, number, drawn):
+        assert self.folder.name == "true", f"{self.folder} drawn again"
+        plain(self, number, drawn)
+
+    return save
+
+
+def test_other_weights_are_drawn_anew_and_a_broken_strip_too(tmp_path):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "a.safetensors").write_bytes(b"one")
+    first = fingerprint({"seed": 1}, [weights])
+    assert first == fingerprint({"seed": 1}, [weights]) != fingerprint({"seed": 2}, [weights])
+    gallery = Gallery(tmp_path / "row", first)
+    pictures = [Image.effect_noise((6, 4), 90).convert("RGB") for _ in range(3)]
+    gallery.save(0, [Drawn(picture, index, index / 3) for index, picture in enumerate(pictures)])
+    assert gallery.has(0) and not gallery.has(1)
+    again = gallery.load(0)
+    assert [np.array_equal(one.picture, picture) for one, picture in zip(again, pictures, strict=True)] == [
+        True
+    ] * 3
+    assert [(one.llm_tokens, one.seconds) for one in again] == [(0, 0.0), (1, 0.3333), (2, 0.6667)]
+    (weights / "a.safetensors").write_bytes(b"two")
+    assert not Gallery(tmp_path / "row", fingerprint({"seed": 1}, [weights])).has(0)
+    strip = gallery.path(0)
+    strip.write_bytes(strip.read_bytes()[:-40])
+    assert not gallery.has(0)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_stories_and_report_the_same(report, small, tmp_path):
+    given = [f"--set={name}={value}" for name, value in parts_of(small).items()]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trainer", "evaluate",
+        "--out", str(tmp_path / "out"),
+        "--stories", "2", "--set=steps=1", "--set=captions=2", *given,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((out / "report.json").read_text())["rows"] for out in (report, tmp_path / "out"))
+    for name in ROWS:
+        for cells in (one[name], two[name]):
+            cells.pop("seconds_per_scene")
+        assert one[name] == two[name]
+
+
+def parts_of(recipe):
+    """The settings that name this recipe's parts."""
+    names = ("llm", "diffusion", "adapter", "mapper", "reference_mapper", "caption_adapter")
+    return {name: getattr(recipe, name) for name in names}
+
+
+def test_a_row_whose_weights_are_missing_is_left_out_and_said(trained, tmp_path, capsys):
+    folder, parts = trained
+    run = folder / "align"
+    recipe = EvaluateRecipe(
+        **parts, adapter=str(run / "adapter"), mapper=str(run / "mapper.safetensors"), stories=1, steps=1, captions=1,
+        rows=("vokens", "two_stage_caption"), caption_adapter=str(tmp_path / "nothing"),
+    )  # fmt: skip
+    assert list(evaluate(recipe, tmp_path / "out")["rows"]) == ["vokens"]
+    assert "row two_stage_caption is left out" in capsys.readouterr().out
+
+
+def test_an_unknown_row_is_named():
+    with pytest.raises(BadInputError, match="unknown nonsense. Known: vokens"):
+        EvaluateRecipe(rows=("nonsense",))
+
+
+def test_the_shipped_recipe_of_the_benchmark_is_one():
+    recipe = load_recipe(EvaluateRecipe, Path("trainer/recipes/storybook_evaluate.toml"), [])
+    assert (recipe.stories, recipe.seed, recipe.rows) == (100, 7, ROWS)
+
+
+def test_the_rivals_adapter_holds_lora_alone(small):
+    """Vokens have made the embeddings longer, which PEFT would by itself save whole."""
+    names = load_file(Path(small.caption_adapter) / "adapter_model.safetensors")
+    assert names and all(".lora_A." in name or ".lora_B." in name for name in names)
+
+
+ABLATIONS = """
+[align]
+captions = 4
+steps = 1
+batch = 2
+[finetune]
+stories = 2
+steps = 1
+batch = 1
+[evaluate]
+stories = 1
+captions = 1
+steps = 1
+[variants.default]
+[variants."no stage 2"]
+finetune = { steps = 0 }
+"""
+
+
+def test_ablations_train_and_measure_each_variant_once(trained, tmp_path, monkeypatch):
+    _, parts = trained
+    recipe = tmp_path / "recipe.toml"
+    paths = "".join(f'{name} = "{value}"\n' for name, value in parts.items())
+    text = ABLATIONS
+    for table in ("[align]", "[finetune]", "[evaluate]"):
+        text = text.replace(table, f"{table}\n{paths}")
+    recipe.write_text(text)
+    table = run_ablations(recipe, tmp_path / "out")
+    assert list(table) == ["default", "no stage 2"]
+    assert not (tmp_path / "out" / "no stage 2" / "finetune").exists()
+    assert (tmp_path / "out" / "ablations.md").read_text().count("\n") == 4
+    monkeypatch.setattr(ablate, "evaluate", lambda *given: pytest.fail("measured again"))
+    assert run_ablations(recipe, tmp_path / "out") == table
+
+
+@pytest.mark.parametrize(
+    "text", ["[variants]", "[alinn]\nsteps = 1\n[variants.a]", "[variants.a]\nalinn = {}", "["]
+)
+def test_a_recipe_of_ablations_that_says_nothing_or_too_much_is_refused(tmp_path, text):
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(BadInputError, match="recipe.toml"):
+        read_variants(tmp_path / "recipe.toml")
+
+
+def test_the_shipped_ablations_are_recipes():
+    variants = read_variants(Path("trainer/recipes/storybook_ablations.toml"))
+    assert variants["2 vokens"].align.vokens == 2 and variants["default"].align.steps == 200
+    assert variants["no stage 2"].finetune is None
