@@ -2,9 +2,10 @@
 
     python -m trainer ablate --recipe trainer/recipes/storybook_ablations.toml --out runs/ablations
 
-A variant that was measured by the same recipe is not trained again.
+What was trained or measured by the same recipe is not trained or measured again.
 """
 
+import hashlib
 import json
 import tomllib
 from dataclasses import asdict, dataclass, replace
@@ -72,34 +73,42 @@ def run_ablations(recipe: Path, out: Path) -> dict[str, dict]:
     table: dict[str, dict] = {}
     for name, variant in variants.items():
         print(f"variant {name}", flush=True)
-        table[name] = _run(variant, out / name)
+        table[name] = _run(variant, name, out)
         (out / "ablations.json").write_text(json.dumps(table, indent=1) + "\n")
         (out / "ablations.md").write_text(as_markdown(table))
     return table
 
 
-def _run(variant: Variant, out: Path) -> dict[str, Any]:
+def _run(variant: Variant, name: str, out: Path) -> dict[str, Any]:
     """The variant's row, measured now or, by the same recipe, before."""
-    report, kept = out / "report.json", out / "variant.json"
+    report, kept = out / name / "report.json", out / name / "variant.json"
     recipe = json.dumps(asdict(variant), indent=1) + "\n"
     if report.is_file() and kept.is_file() and kept.read_text() == recipe:
         return json.loads(report.read_text())["rows"]["vokens"]
-    trained = _train(variant, out)
+    trained = _train(variant, out / "trained")
     adapter, mapper = str(trained / "adapter"), str(trained / "mapper.safetensors")
-    row = evaluate(replace(variant.evaluate, adapter=adapter, mapper=mapper), out)["rows"]["vokens"]
+    row = evaluate(replace(variant.evaluate, adapter=adapter, mapper=mapper), out / name)["rows"]["vokens"]
     kept.write_text(recipe)
     return row
 
 
 def _train(variant: Variant, out: Path) -> Path:
-    """Both stages, or the one there is; returns the folder of what was trained last."""
+    """Both stages, or the one there is; returns the folder of what was trained last.
+
+    A stage that another variant has trained by the same recipe, from the same start, is taken from there.
+    """
     start: Path | None = None
-    if variant.align is not None:
-        train_align(variant.align, out / "align")
-        start = out / "align"
-    if variant.finetune is not None:
-        train_finetune(variant.finetune, out / "finetune", start)
-        start = out / "finetune"
+    for stage in (variant.align, variant.finetune):
+        if stage is None:
+            continue
+        digest = hashlib.sha256(f"{stage} from {start and start.name}".encode()).hexdigest()[:12]
+        folder = out / digest
+        if not (folder / "mapper.safetensors").is_file():  # written last
+            if isinstance(stage, AlignRecipe):
+                train_align(stage, folder, start)
+            else:
+                train_finetune(stage, folder, start)
+        start = folder
     assert start is not None
     return start
 

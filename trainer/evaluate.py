@@ -66,7 +66,7 @@ class EvaluateRecipe:
 
 
 def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
-    """Draws, measures, writes `report.json`, `report.html` and `pictures/` into `out`; returns the report.
+    """Draws, measures, writes `report.json`, the report's page and `pictures/` into `out`; returns the report.
 
     Started by `accelerate launch`, each process draws its share of the stories. What an earlier, broken-off call drew
     with the same settings and weights is not drawn again.
@@ -213,7 +213,7 @@ def _report(
         "scorer_accuracy": accuracy(scorer, 500, seed=recipe.seed + 1),
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_report(out, report, told)
+    write_report(out, report, told, [scene.caption for scene in singles[0]])
 
 
 def _true_pictures(recipe: EvaluateRecipe, number: int, story: list[TrueScene]) -> list[Image.Image]:

@@ -4,28 +4,116 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
+
+from minigpt5_core.pages import BACKGROUND, INK, MARGIN, draw_strip
+from minigpt5_core.story import Scene, Story
+
+from .gallery import cut
 from .storybook.stories import TrueScene
 
 SHOWN_STORIES = 8
+WAYS = {  # of `three_ways.png`, from top to bottom
+    "vokens": "vokens: the story so far",
+    "two_stage": "two-stage: the sentence alone is drawn",
+    "oracle": "oracle: the true full caption is drawn",
+}
 PLOTTED = ("hero_unnamed", "prop_carried", "place", "time", "consistency", "image_similarity")
 BAR, GAP, LABEL, WIDTH = 20, 6, 150, 320  # of a plot, in pixels
 
 
-def write_report(out: Path, report: dict, told: Sequence[Sequence[TrueScene]]) -> None:
-    """Writes `report.html` beside `pictures/`, whose strips it shows."""
+def write_report(
+    out: Path, report: dict, told: Sequence[Sequence[TrueScene]], captions: Sequence[str]
+) -> None:
+    """Writes `report.html` with the pictures it shows (`report/`), `report.md` and `three_ways.png`.
+
+    The strips are read from `out/pictures`; `captions` are those of the first sheet of single captions.
+    """
     settings = report["settings"]
+    shown = list(enumerate(told[:SHOWN_STORIES]))
     parts = [
         "<h1>Vokens beside the two-stage pipeline</h1>",
         f"<p>{len(told)} held-out stories with {settings['scenes']} scenes in all, seed {settings['seed']}, "
         f"{settings['steps']} steps, guidance {settings['guidance']:g}. Their sentences are given to every row. In "
-        "small print: 95 % interval by bootstrap over stories.</p>",
+        "small print: 95 % interval by bootstrap over stories. The scorer is right on "
+        f"{_percents(settings['scorer_accuracy'])} of fresh renders.</p>",
         _table(report["rows"]),
         "<h2>Plots</h2><div class=plots>",
         *(_plot(column, report["rows"]) for column in PLOTTED),
-        "</div><h2>Stories</h2>",
-        *(_story(number, story, list(report["rows"])) for number, story in enumerate(told[:SHOWN_STORIES])),
+        "</div>",
+        _ahead(report["differences"]),
+        "<h2>Stories</h2><p>The first ones, nothing chosen; <i>true</i> is what each picture should show.</p>",
+        *(_story(out, number, story, ["true", *report["rows"]]) for number, story in shown),
+        _captions(out, captions),
     ]
     (out / "report.html").write_text(_PAGE.format(style=_STYLE, body="\n".join(parts)), encoding="utf-8")
+    (out / "report.md").write_text(as_markdown(report["rows"]), encoding="utf-8")
+    if all(name in report["rows"] for name in WAYS):
+        _three_ways(out, told[0]).save(out / "three_ways.png", optimize=True)
+
+
+def as_markdown(rows: dict[str, dict]) -> str:
+    """The table of means with intervals, a line for each column of the report that has a value."""
+    columns = [
+        column for column in next(iter(rows.values())) if any(cells[column] for cells in rows.values())
+    ]
+    lines = [f"| | {' | '.join(rows)} |", f"| --- |{' --- |' * len(rows)}"]
+    for column in columns:
+        cells = [_plain(cells[column]) for cells in rows.values()]
+        lines.append(f"| {column} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(cell: dict[str, float] | None) -> str:
+    return "–" if cell is None else f"{cell['mean']:.3g} ({cell['low']:.3g} to {cell['high']:.3g})"
+
+
+def _percents(accuracy: dict[str, float]) -> str:
+    return ", ".join(f"{100 * value:.1f} % ({fact})" for fact, value in accuracy.items())
+
+
+def _ahead(differences: dict[str, dict]) -> str:
+    """The differences of `vokens` to every other row."""
+    start = "vokens-"
+    rows = {name.removeprefix(start): cells for name, cells in differences.items() if name.startswith(start)}
+    if not rows:
+        return ""
+    head = "<h2>What vokens are ahead by</h2><p>On the same scenes; an interval that holds 0: no difference found.</p>"
+    return head + _table(rows)
+
+
+def _three_ways(out: Path, story: Sequence[TrueScene]) -> Image.Image:
+    """One story as each of `WAYS` draws it, its sentences below."""
+    sheets = []
+    for number, (name, label) in enumerate(WAYS.items()):
+        scenes = tuple(Scene(scene.text if number == len(WAYS) - 1 else "") for scene in story)
+        pictures: list[Image.Image | None] = [*cut(_strip(out, name, 0), len(story))]
+        sheets += [_band(label), draw_strip(Story("", 0, scenes), pictures)]
+    sheet = Image.new("RGB", (sheets[-1].width, sum(each.height for each in sheets)), BACKGROUND)
+    top = 0
+    for each in sheets:
+        sheet.paste(each, (0, top))
+        top += each.height
+    return sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)
+
+
+def _band(label: str) -> Image.Image:
+    font = ImageFont.load_default(28)
+    band = Image.new("RGB", (1200, 48), BACKGROUND)
+    ImageDraw.Draw(band).text((MARGIN, 14), label, font=font, fill=INK)
+    return band
+
+
+def _strip(out: Path, name: str, number: int) -> Image.Image:
+    return Image.open(out / "pictures" / name / f"story_{number:03}.png").convert("RGB")
+
+
+def _shown(out: Path, name: str, number: int) -> str:
+    """Keeps a strip small enough for a page in `report/`; returns where, as the page names it."""
+    target = f"report/{name.replace('/', '_')}_{number:03}.webp"
+    (out / "report").mkdir(exist_ok=True)
+    _strip(out, name, number).save(out / target, quality=85, method=6)
+    return target
 
 
 def _table(rows: dict[str, dict]) -> str:
@@ -68,14 +156,29 @@ def _bar(index: int, name: str, cell: dict[str, float]) -> str:
     )
 
 
-def _story(number: int, story: Sequence[TrueScene], names: list[str]) -> str:
-    sentences = "".join(f"<td>{escape(scene.text)}</td>" for scene in story)
+def _story(out: Path, number: int, story: Sequence[TrueScene], names: list[str]) -> str:
+    return _strips([scene.text for scene in story], {name: _shown(out, name, number) for name in names})
+
+
+def _captions(out: Path, captions: Sequence[str]) -> str:
+    """The first sheet of single captions, in the ways that draw them."""
+    files = {
+        name: _shown(out, f"captions/{name}", 0)
+        for name in WAYS
+        if (out / "pictures" / "captions" / name).is_dir()
+    }
+    return f"<h2>Single captions</h2>{_strips(captions, files)}" if files else ""
+
+
+def _strips(texts: Sequence[str], files: dict[str, str]) -> str:
+    """A table: texts in columns, and below each other the strips that show them."""
+    heads = "".join(f"<td>{escape(text)}</td>" for text in texts)
     strips = [
-        f'<tr><th>{escape(name)}</th><td colspan="{len(story)}"><img loading="lazy" alt="{escape(name)}" '
-        f'src="pictures/{name}/story_{number:03}.png"></td></tr>'
-        for name in ["true", *names]
+        f'<tr><th>{escape(name)}</th><td colspan="{len(texts)}"><img loading="lazy" alt="{escape(name)}" '
+        f'src="{file}"></td></tr>'
+        for name, file in files.items()
     ]
-    return f"<table class=story><tr><th></th>{sentences}</tr>{''.join(strips)}</table>"
+    return f"<div class=wide><table class=story><tr><th></th>{heads}</tr>{''.join(strips)}</table></div>"
 
 
 _PAGE = """<!DOCTYPE html>
@@ -102,5 +205,6 @@ th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; font-size: 12px; } svg text { fill: currentColor; } svg rect { fill: var(--bar); }
 svg path { stroke: currentColor; fill: none; }
-.story { table-layout: fixed; } .story img { display: block; width: 100%; }
+.story { table-layout: fixed; width: 100%; min-width: 50rem; } .story th { width: 8rem; }
+.story img { display: block; width: 100%; }
 """

@@ -228,8 +228,8 @@ class Run:
         self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
     ) -> None:
         """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
-        self.save_mapper(mapper, llm_folder, step, **notes)
         save_adapter(adapted, llm_folder, self.out / "adapter")
+        self.save_mapper(mapper, llm_folder, step, **notes)
 
     def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
         """Writes `mapper.safetensors` alone."""
