@@ -212,8 +212,22 @@ def _report(
         "scenes": sum(map(len, told)),
         "scorer_accuracy": accuracy(scorer, 500, seed=recipe.seed + 1),
     }
+    for name, gallery in galleries.items():
+        _write_stories(out, name, told, gallery)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     write_report(out, report, told, [scene.caption for scene in singles[0]])
+
+
+def _write_stories(out: Path, name: str, told: list[list[TrueScene]], gallery: Gallery) -> None:
+    """Writes the row's stories as `NAME.jsonl`: text and picture items in order, a story a line."""
+    lines = []
+    for number, story in enumerate(told):
+        items: list[dict[str, str]] = []
+        for index, scene in enumerate(story):
+            picture = gallery.picture(number, index).relative_to(out).as_posix()
+            items += [{"text": scene.text}, {"picture": picture}]
+        lines.append(json.dumps({"id": gallery.story(number).name, "items": items}, ensure_ascii=False))
+    (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _true_pictures(recipe: EvaluateRecipe, number: int, story: list[TrueScene]) -> list[Image.Image]:

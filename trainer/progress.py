@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from PIL import Image
 
-GAP = 2  # between the pictures of a grid, in pixels
-
 
 class Progress:
     """Prints a line every `every` seconds: step, losses (running mean since the last line), samples/s, time left."""
@@ -39,12 +37,12 @@ class Progress:
 
 
 def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, row by row, with a gap."""
+    """Pictures of one size side by side, row by row, with a 2-pixel gap."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + GAP), rows * (height + GAP)), "white")
+    sheet = Image.new("RGB", (columns * (width + 2), rows * (height + 2)), "white")
     for index, picture in enumerate(pictures):
-        sheet.paste(picture, (index % columns * (width + GAP), index // columns * (height + GAP)))
+        sheet.paste(picture, (index % columns * (width + 2), index // columns * (height + 2)))
     return sheet
 
 

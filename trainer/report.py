@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from minigpt5_core.pages import BACKGROUND, INK, MARGIN, draw_strip
 from minigpt5_core.story import Scene, Story
 
-from .gallery import cut
+from .gallery import Gallery
+from .progress import grid
 from .storybook.stories import TrueScene
 
 SHOWN_STORIES = 8
@@ -27,7 +28,7 @@ def write_report(
 ) -> None:
     """Writes `report.html` with the pictures it shows (`report/`), `report.md` and `three_ways.png`.
 
-    The strips are read from `out/pictures`; `captions` are those of the first sheet of single captions.
+    The pictures are read from `out/pictures`; `captions` are those of the first sheet of single captions.
     """
     settings = report["settings"]
     shown = list(enumerate(told[:SHOWN_STORIES]))
@@ -87,7 +88,7 @@ def _three_ways(out: Path, story: Sequence[TrueScene]) -> Image.Image:
     sheets = []
     for number, (name, label) in enumerate(WAYS.items()):
         scenes = tuple(Scene(scene.text if number == len(WAYS) - 1 else "") for scene in story)
-        pictures: list[Image.Image | None] = [*cut(_strip(out, name, 0), len(story))]
+        pictures: list[Image.Image | None] = [*_pictures(out, name, 0)]
         sheets += [_band(label), draw_strip(Story("", 0, scenes), pictures)]
     sheet = Image.new("RGB", (sheets[-1].width, sum(each.height for each in sheets)), BACKGROUND)
     top = 0
@@ -104,15 +105,16 @@ def _band(label: str) -> Image.Image:
     return band
 
 
-def _strip(out: Path, name: str, number: int) -> Image.Image:
-    return Image.open(out / "pictures" / name / f"story_{number:03}.png").convert("RGB")
+def _pictures(out: Path, name: str, number: int) -> list[Image.Image]:
+    return [one.picture for one in Gallery(out / "pictures" / name, "").load(number)]
 
 
 def _shown(out: Path, name: str, number: int) -> str:
-    """Keeps a strip small enough for a page in `report/`; returns where, as the page names it."""
+    """Keeps a story's strip, small enough for a page in `report/`; returns where, as the page names it."""
     target = f"report/{name.replace('/', '_')}_{number:03}.webp"
     (out / "report").mkdir(exist_ok=True)
-    _strip(out, name, number).save(out / target, quality=85, method=6)
+    pictures = _pictures(out, name, number)
+    grid(pictures, len(pictures)).save(out / target, quality=85, method=6)
     return target
 
 
