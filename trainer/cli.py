@@ -8,6 +8,8 @@
     mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's rival: the LLM writes captions
+    data check PATH      read a data set of yours, and say what is in it and what is broken
+    data export PATH     write the storybook's stories in any of the formats, to see how one looks
     evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
     ablate               short trainings with one thing changed, each measured
     storybook-score      illustrate held-out stories and score the pictures
@@ -44,7 +46,37 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--from", dest="start", type=Path, help="an earlier run's --out folder to go on from"
             )
+    _add_data(commands)
     return parser
+
+
+def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    data = commands.add_parser("data", help="data sets: check one, write the storybook as one")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="read all of it, and say what is in it and what is broken")
+    check.add_argument("--out", type=Path, help="where a contact sheet and check.json go")
+    export = actions.add_parser("export", help="write the storybook's stories in a format")
+    export.add_argument("--stories", type=int, default=8)
+    export.add_argument("--seed", type=int, default=0)
+    for action, what in ((check, "the annotation file, or the folder"), (export, "a new folder")):
+        action.add_argument("path", type=Path, help=what)
+        action.add_argument(
+            "--format", required=True, dest="layout", metavar="FORMAT", help=", ".join(LAYOUTS)
+        )
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from .data.check import check
+
+    return 0 if check(arguments.path, arguments.layout, arguments.out).rows else 1
+
+
+def _data_export(arguments: argparse.Namespace) -> int:
+    from .data.export import export_stories
+
+    path = export_stories(arguments.layout, arguments.stories, arguments.seed, arguments.path)
+    print(f"{arguments.stories} stories: {path}")
+    return 0
 
 
 def _align(arguments: argparse.Namespace) -> int:
@@ -178,11 +210,16 @@ COMMANDS = {
     "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),
 }
 
+LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog")
+DATA = {"check": _data_check, "export": _data_export}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.command == "data":
+            return DATA[arguments.action](arguments)
         return COMMANDS[arguments.command][0](arguments)
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,297 @@
+"""The layouts that people have on disk, each read row by row into records. A broken row is yielded as such."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minigpt5_core.errors import BadInputError
+
+from .records import Broken, Picture, Record, Row, Scene
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+SPEAKERS = ("user", "assistant")
+Reader = Callable[[Path], Iterator[Row]]
+
+
+class _Trouble(Exception):
+    """What is wrong with a row, for `Broken.why`."""
+
+
+def read(path: Path, layout: str) -> Iterator[Row]:
+    """The rows of `path` (an annotation file or a folder) in their order; BadInputError when there is nothing to read.
+
+    No more than a row is held at a time, but for VIST, whose annotation is one JSON object.
+    """
+    if layout not in FORMATS:
+        raise BadInputError(f"Unknown format {layout!r}. Known: {', '.join(FORMATS)}.")
+    if not path.exists():
+        raise BadInputError(f"There is nothing at {path}. {WANTED[layout]}")
+    return FORMATS[layout](path)
+
+
+def _picture(folder: Path, name: Any) -> Picture:
+    if not isinstance(name, str) or not name:
+        raise _Trouble(f"its picture is {name!r}, expected a file name")
+    path = folder / name
+    if not path.is_file():
+        raise _Trouble(f"picture {name} is missing")
+    return Picture(name, path)
+
+
+def _text(value: Any, what: str = "text") -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise _Trouble(f"its {what} is {value!r}, expected words")
+    return value.strip()
+
+
+def _row(where: str, make: Callable[..., Record], *given: Any) -> Row:
+    """The record that `make` makes of what is given and `where`, or why there is none."""
+    try:
+        return make(*given, where)
+    except _Trouble as trouble:
+        return Broken(where, str(trouble))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(where, line) of a text file; a line that is not UTF-8 comes with replacement characters."""
+    if not path.is_file():
+        raise BadInputError(f"{path} is no file.")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path.name}:{number}", line
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _Trouble(f"not valid JSON: {error}") from error
+
+
+# our own: interleaved JSON Lines
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """A story a line: `{"id": .., "items": [{"text": ..}, {"picture": ..}, ..]}`, see story.schema.json."""
+    for where, line in _lines(path):
+        yield _row(where, _interleaved, path.parent, line)
+
+
+def _interleaved(folder: Path, line: str, where: str) -> Record:
+    story = _json(line)
+    if not isinstance(story, dict) or not isinstance(story.get("items"), list) or not story["items"]:
+        raise _Trouble('expected {"id": .., "items": [..]} with at least one item')
+    scenes: list[Scene] = []
+    for item in story["items"]:
+        _check_item(item)
+        if "text" in item:
+            scenes.append(Scene(_text(item["text"]), speaker=item.get("speaker", "assistant")))
+            continue
+        picture, caption = _picture(folder, item["picture"]), item.get("caption", "")
+        speaker = item.get("speaker", scenes[-1].speaker if scenes else "assistant")
+        if scenes and scenes[-1].picture is None and scenes[-1].speaker == speaker:
+            scenes[-1] = Scene(scenes[-1].text, picture, caption, speaker)
+        else:
+            scenes.append(Scene("", picture, caption, speaker))
+    return Record(str(story.get("id", where)), tuple(scenes), where)
+
+
+def _check_item(item: Any) -> None:
+    if not isinstance(item, dict) or ("text" in item) == ("picture" in item):
+        raise _Trouble(f"item {item!r}: expected either text or picture")
+    if unknown := set(item) - {"text", "picture", "caption", "speaker"}:
+        raise _Trouble(
+            f"item with unknown {', '.join(sorted(unknown))}; known: text, picture, caption, speaker"
+        )
+    if item.get("speaker", "assistant") not in SPEAKERS:
+        raise _Trouble(f"speaker {item['speaker']!r}: expected user or assistant")
+    if not isinstance(item.get("caption", ""), str):
+        raise _Trouble(f"caption {item['caption']!r}: expected words")
+
+
+# captioned pictures
+
+
+def read_cc3m(path: Path) -> Iterator[Row]:
+    """A tab-separated file with the columns `caption` and `image_path`."""
+    for where, row in _columns(path, ("caption", "image_path"), "\t"):
+        yield _row(where, _captioned, path.parent, row["image_path"], row["caption"])
+
+
+def _columns(path: Path, wanted: tuple[str, ...], delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """(where, row) of a table with a head; captions hold quotation marks as they are."""
+    lines = _lines(path)
+    head = next(lines, ("", ""))[1].rstrip("\r\n").split(delimiter)
+    if missing := [name for name in wanted if name not in head]:
+        raise BadInputError(f"{path}: its first line is {head}, and has no column {', '.join(missing)}.")
+    for where, line in lines:
+        cells = line.rstrip("\r\n").split(delimiter)
+        yield where, dict(zip(head, cells + [""] * (len(head) - len(cells)), strict=False))
+
+
+def _captioned(folder: Path, name: Any, caption: Any, where: str) -> Record:
+    text = _text(caption, "caption")
+    return Record(str(name), (Scene(text, _picture(folder, name)),), where)
+
+
+def read_folder(path: Path) -> Iterator[Row]:
+    """Pictures, each with its caption in a .txt of the same name; or all captions in metadata.jsonl or metadata.csv."""
+    if not path.is_dir():
+        raise BadInputError(f"{path} is no folder. {WANTED['folder']}")
+    if (path / "metadata.jsonl").is_file():
+        yield from _metadata(path, _json_rows(path / "metadata.jsonl"))
+    elif (path / "metadata.csv").is_file():
+        with (path / "metadata.csv").open(encoding="utf-8", newline="") as file:
+            yield from _metadata(
+                path, ((f"metadata.csv:{n}", row) for n, row in enumerate(csv.DictReader(file), 2))
+            )
+    else:
+        for picture in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
+            name = picture.relative_to(path).as_posix()
+            yield _row(name, _with_text, path, picture)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for where, line in _lines(path):
+        try:
+            yield where, _json(line)
+        except _Trouble as trouble:
+            yield where, trouble
+
+
+def _metadata(folder: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[Row]:
+    """Rows with `file_name`, and the caption as `text` or `caption`, as `datasets` has them."""
+    for where, row in rows:
+        yield _row(where, _of_metadata, folder, row)
+
+
+def _of_metadata(folder: Path, row: Any, where: str) -> Record:
+    if isinstance(row, _Trouble):
+        raise row
+    if not isinstance(row, dict) or "file_name" not in row:
+        raise _Trouble("expected file_name, and text or caption")
+    return _captioned(folder, row["file_name"], row.get("text", row.get("caption")), where)
+
+
+def _with_text(folder: Path, picture: Path, where: str) -> Record:
+    file = picture.with_suffix(".txt")
+    if not file.is_file():
+        raise _Trouble(f"its caption {file.name} is missing")
+    return _captioned(folder, where, file.read_text(encoding="utf-8", errors="replace"), where)
+
+
+def read_webdataset(path: Path) -> Iterator[Row]:
+    """Tar shards, a picture (KEY.jpg) and its caption (KEY.txt, or `caption` in KEY.json) a sample."""
+    for shard in sorted(path.glob("*.tar")) if path.is_dir() else [path]:
+        yield from _shard(shard)
+
+
+def _shard(shard: Path) -> Iterator[Row]:
+    import webdataset
+
+    troubles: list[Exception] = []
+
+    def note(trouble: Exception) -> bool:
+        troubles.append(trouble)
+        return False  # nothing behind a broken place of a tar file can be trusted
+
+    for sample in webdataset.WebDataset(str(shard), shardshuffle=False, handler=note):
+        yield _row(f"{shard.name}:{sample['__key__']}", _sample, sample)
+    for trouble in troubles:
+        yield Broken(shard.name, f"the shard breaks off: {trouble}")
+
+
+def _sample(sample: dict[str, Any], where: str) -> Record:
+    suffix = next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in sample), None)
+    if suffix is None:
+        raise _Trouble(f"it holds no picture ({', '.join(SUFFIXES)})")
+    picture = Picture(f"{sample['__key__']}.{suffix}", content=sample[suffix])
+    described = _json(sample["json"]) if "json" in sample else {}
+    caption = sample["txt"].decode("utf-8", "replace") if "txt" in sample else described.get("caption")
+    return Record(sample["__key__"], (Scene(_text(caption, "caption"), picture),), where)
+
+
+# stories and dialogues
+
+
+def read_vist(path: Path) -> Iterator[Row]:
+    """VIST as MiniGPT-5 users have it: SPLIT_cleaned.json, and SPLIT_image_mapping.json beside it."""
+    mapping_file = path.with_name(path.name.replace("_cleaned", "_image_mapping"))
+    if mapping_file == path or not mapping_file.is_file():
+        raise BadInputError(f"{path} needs {mapping_file.name} beside it. {WANTED['vist']}")
+    stories, files = _whole(path), _whole(mapping_file)
+    for key, rows in stories.items():
+        yield _row(f"{path.name}:{key}", _vist_story, path, key, rows, files)
+
+
+def _vist_story(path: Path, key: str, rows: Any, files: dict[str, str], where: str) -> Record:
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise _Trouble("expected a list of {caption, image_id, sequence_index}")
+    scenes = []
+    for row in sorted(rows, key=lambda row: row.get("sequence_index", 0)):
+        if (identity := str(row.get("image_id"))) not in files:
+            raise _Trouble(f"image id {identity} has no file in the mapping")
+        scenes.append(Scene(_text(row.get("caption"), "caption"), _picture(path.parent, files[identity])))
+    return Record(key, tuple(scenes), where)
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise BadInputError(f"{path} holds a {type(content).__name__}, expected one JSON object.")
+    return content
+
+
+def read_mmdialog(path: Path) -> Iterator[Row]:
+    """MMDialog: a conversation a line, its pictures ID.jpg in the file's folder; the first to speak is the user."""
+    for where, line in _lines(path):
+        yield _row(where, _conversation, path.parent, line)
+
+
+def _conversation(folder: Path, line: str, where: str) -> Record:
+    dialogue = _json(line)
+    if not isinstance(dialogue, dict) or not isinstance(dialogue.get("conversation"), list):
+        raise _Trouble('expected {"conversation_id": .., "conversation": [..]}')
+    scenes: list[Scene] = []
+    for number, turn in enumerate(dialogue["conversation"]):
+        scenes += _said(folder, turn, SPEAKERS[number % 2])
+    if not scenes:
+        raise _Trouble("the conversation is empty")
+    return Record(str(dialogue.get("conversation_id", where)), tuple(scenes), where)
+
+
+def _said(folder: Path, turn: Any, speaker: str) -> list[Scene]:
+    """One turn: its texts as one, and a scene for each picture, the first of which stands behind the text."""
+    parts = turn.get("turn") if isinstance(turn, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise _Trouble('expected turns as {"turn": [{"__TEXT__": ..}, {"__MEDIA__": ..}]}')
+    text = " ".join(str(part["__TEXT__"]).strip() for part in parts if "__TEXT__" in part).strip()
+    pictures = [_picture(folder, f"{part['__MEDIA__']}.jpg") for part in parts if "__MEDIA__" in part]
+    if not text and not pictures:
+        raise _Trouble("a turn is empty")
+    first, rest = (pictures[0], pictures[1:]) if pictures else (None, [])
+    return [Scene(text, first, speaker=speaker), *(Scene("", each, speaker=speaker) for each in rest)]
+
+
+FORMATS: dict[str, Reader] = {
+    "folder": read_folder,
+    "jsonl": read_jsonl,
+    "cc3m": read_cc3m,
+    "webdataset": read_webdataset,
+    "vist": read_vist,
+    "mmdialog": read_mmdialog,
+}
+WANTED = {
+    "folder": "Give a folder of pictures, each with its caption in a .txt of the same name.",
+    "jsonl": 'Give a .jsonl file with a story a line: {"items": [{"text": ..}, {"picture": ..}]}.',
+    "cc3m": "Give a .tsv file with the columns caption and image_path.",
+    "webdataset": "Give a .tar shard, or a folder of shards.",
+    "vist": "Give SPLIT_cleaned.json, with SPLIT_image_mapping.json and the pictures beside it.",
+    "mmdialog": "Give conversations.jsonl, with its pictures beside it.",
+}

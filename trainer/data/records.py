@@ -1,0 +1,76 @@
+"""What every loader yields: a story as scenes of text and picture, or a row that is broken, with where and why."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+LARGEST = 10_000  # pixels a side: beyond it a file is taken for broken, or for an attack
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is decoded when asked for: a file, or a member of a shard with its `content`."""
+
+    name: str
+    path: Path | None = None
+    content: bytes | None = None
+
+    def open(self) -> Image.Image:
+        """The whole picture, RGB; BrokenPicture says what is wrong with it."""
+        try:
+            with Image.open(
+                io.BytesIO(self.content) if self.content is not None else str(self.path)
+            ) as image:
+                if max(image.size) > LARGEST:
+                    raise BrokenPicture(
+                        f"{self.name} is {image.width} x {image.height}, at most {LARGEST} a side"
+                    )
+                return image.convert("RGB")
+        except FileNotFoundError as error:
+            raise BrokenPicture(f"{self.name} is missing") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise BrokenPicture(f"{self.name} cannot be decoded: {error}") from error
+
+
+class BrokenPicture(Exception):
+    """A picture that is not there or not whole."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One text with the picture behind it. `speaker` is "assistant" where a text is told, "user" where it is asked.
+
+    `caption` says what the picture shows, where the data says more than the text.
+    """
+
+    text: str
+    picture: Picture | None = None
+    caption: str = ""
+    speaker: str = "assistant"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A story, a dialogue, or one captioned picture; `where` names file and line or key."""
+
+    id: str
+    scenes: tuple[Scene, ...]
+    where: str
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All its pictures, in order."""
+        return [scene.picture for scene in self.scenes if scene.picture is not None]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that cannot be used: where it stands and what is wrong with it."""
+
+    where: str
+    why: str
+
+
+Row = Record | Broken
