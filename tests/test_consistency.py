@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minigpt5_core.consistency import looking_at
 from minigpt5_core.pipeline import load_diffusion
+from trainer.storybook.consistency import looking_at
 
 
 @pytest.fixture
@@ -30,6 +30,14 @@ def test_a_picture_that_looks_at_another_is_another(pipeline):
     assert not torch.allclose(alone, first) and not torch.allclose(first, second)
 
 
+def test_early_steps_are_left_alone(pipeline):
+    reference = torch.randn(1, 4, 16, 16)
+    with looking_at(pipeline, reference, below=0):
+        assert torch.equal(draw(pipeline), draw(pipeline))
+        unlooking = draw(pipeline)
+    assert torch.equal(unlooking, draw(pipeline))
+
+
 def test_the_unet_is_afterwards_as_it_was(pipeline):
     before, processors = draw(pipeline), pipeline.unet.attn_processors
     with pytest.raises(KeyboardInterrupt), looking_at(pipeline, torch.randn(1, 4, 16, 16)):
@@ -49,7 +57,7 @@ def test_self_attention_finds_keys_of_both_and_cross_attention_only_the_text(pip
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     latents, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, pipeline.unet.config.cross_attention_dim)
     pipeline.scheduler.set_timesteps(2)
-    with looking_at(pipeline, torch.randn(1, 4, 16, 16)):
+    with looking_at(pipeline, torch.randn(1, 4, 16, 16), below=1001):
         pipeline.unet(latents, pipeline.scheduler.timesteps[0], encoder_hidden_states=text)
     half = len(keys) // 2
     for (queries, alone), (again, both) in zip(keys[:half], keys[half:], strict=True):

@@ -16,7 +16,7 @@ SHIPPED = [ROOT / "__init__.py", *NODES, *sorted(CORE.rglob("*.py"))]
 TRAINERS = {"diffusers", "peft", "accelerate"}
 # The core's files that need a trainer's library, at the top or inside a function: for Python and the shell alone.
 NOT_FOR_NODES = {
-    "cli.py": {"diffusers"}, "consistency.py": {"diffusers"}, "pipeline.py": {"diffusers"}, "published.py": {"peft"},
+    "cli.py": {"diffusers"}, "pipeline.py": {"diffusers"}, "published.py": {"peft"},
 }  # fmt: skip
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "breakpoint", "input",

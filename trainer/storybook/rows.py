@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 from minigpt5_core.conditioning import Conditioning
-from minigpt5_core.consistency import looking_at
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.mapper import Mapper
@@ -24,6 +23,7 @@ from minigpt5_core.vokens import block_starts
 from ..caption_adapter import CAPTIONING, CLOSE, OPEN, caption_prompt
 from ..contexts import caption_ids
 from .autoencoder import encode_pictures
+from .consistency import looking_at
 from .stories import TrueScene
 
 BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)

@@ -1,8 +1,10 @@
 """Reference attention: the later pictures of a story look at an earlier one, so that a hero keeps its texture.
 
-Nothing is trained. At every denoising step the reference, with as much noise as the new picture has by then, goes
+Nothing is trained. At late denoising steps the reference, with as much noise as the new picture has by then, goes
 through the UNet too; the new picture's self-attention then finds keys and values of both. The idea is that of
 "reference-only" control and of consistent self-attention (StoryDiffusion, arXiv 2405.01434), in a form of our own.
+
+A row of the benchmark and no more: it was measured and does not help (storybook/README.md).
 """
 
 from collections.abc import Iterator
@@ -33,11 +35,14 @@ class _LookingProcessor:
 
 
 @contextmanager
-def looking_at(pipeline: DiffusionPipeline, reference: Tensor, seed: int = 0) -> Iterator[None]:
+def looking_at(
+    pipeline: DiffusionPipeline, reference: Tensor, below: int = 450, seed: int = 0
+) -> Iterator[None]:
     """While this lasts, what the pipeline draws looks at `reference`, scaled latents (1, C, h, w) of its own size.
 
-    Twice the UNet's work. The reference goes along under the new picture's conditioning. The UNet is afterwards as it
-    was.
+    It does so at timesteps under `below`, which then cost twice as much: earlier ones decide what stands where, and
+    looking there moves and doubles things. The reference goes along under the new picture's conditioning. The UNet is
+    afterwards as it was.
     """
     unet, scheduler = pipeline.unet, pipeline.scheduler
     processors, plain = unet.attn_processors, unet.forward
@@ -49,6 +54,10 @@ def looking_at(pipeline: DiffusionPipeline, reference: Tensor, seed: int = 0) ->
     noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(reference)
 
     def forward(sample: Tensor, timestep: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        for processor in ours:
+            processor.kept = None
+        if timestep.reshape(-1)[0] >= below:
+            return plain(sample, timestep, *arguments, **keywords)
         noisy = scheduler.add_noise(reference, noise, timestep.reshape(-1)[:1])
         for processor in ours:
             processor.keeping = True
