@@ -18,9 +18,10 @@ from trainer.caption_adapter import (
     caption_prompt,
     captioned_turns,
 )
-from trainer.finetune import FinetuneRecipe, story_losses, story_sequence, train_finetune
+from trainer.finetune import FinetuneRecipe, train_finetune
 from trainer.image_adapter import read_caption
 from trainer.mapper_only import MapperRecipe, train_mapper
+from trainer.sequences import story_losses, story_sequence
 from trainer.showing import caption_turns, questions, shown_turns, told_scenes
 from trainer.storybook.identity import identity
 from trainer.storybook.render import render

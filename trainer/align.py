@@ -4,7 +4,7 @@ python -m trainer align --recipe trainer/recipes/storybook_align.toml --out runs
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,14 @@ from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import voken_loss
 from minigpt5_core.mapper import Mapper
+from minigpt5_core.prompts import Turn
 
 from .adapters import adapt, trainable, with_voken_rows
-from .contexts import ContextCache, Passage, block_states, caption_ids, caption_passage, story_passage
+from .contexts import ContextCache, Passage, block_states, caption_passage, story_passage
+from .data.formats import read
+from .data.records import Record
+from .examples import RecordSource, Shown, shown
+from .sequences import story_losses, story_sequence
 from .stage import (
     PictureLosses,
     Run,
@@ -32,12 +37,11 @@ from .stage import (
     load_diffusion,
     new_mapper,
     optimise,
+    picture_latents,
     step_generator,
     train,
 )
-from .storybook.autoencoder import encode_pictures
 from .storybook.diffusion import PREVIEW
-from .storybook.render import render
 from .storybook.stories import stories, training_state
 from .storybook.world import State
 
@@ -74,9 +78,31 @@ def passages(llm: FrozenLLM, recipe: AlignRecipe) -> list[Passage]:
     return [caption_passage(llm, state) for state in captions] + [story_passage(llm, s) for s in told]
 
 
-def picture_latents(pipeline: object, states: Sequence[State], draw: random.Random) -> Tensor:
-    """Scaled latents of freshly drawn pictures, (B, 4, 16, 16)."""
-    return encode_pictures(pipeline.vae, [render(state, draw) for state in states])  # type: ignore[attr-defined]
+Batches = Callable[[int, random.Random], tuple[Tensor, list[Shown], Tensor]]
+
+
+def cached_batches(llm: FrozenLLM, recipe: AlignRecipe) -> Batches:
+    """Voken states (B, V, L), what they should show, and the text loss, of the storybook's captions and stories."""
+    cache = ContextCache(llm, passages(llm, recipe), dtype=torch.float16)
+
+    def draw(count: int, chance: random.Random) -> tuple[Tensor, list[Shown], Tensor]:
+        contexts = cache.draw(count, chance)
+        wanted = torch.full((count,), llm.voken_ids[0], device=llm.device)
+        text = voken_loss(llm.logits(torch.stack([context.last for context in contexts])), wanted)
+        return block_states(llm, contexts), [shown(context.state) for context in contexts], text
+
+    return draw
+
+
+def record_batches(llm: FrozenLLM, source: RecordSource) -> Batches:
+    """The same of a data set's captions."""
+
+    def draw(count: int, chance: random.Random) -> tuple[Tensor, list[Shown], Tensor]:
+        examples = source.draw(count, chance)
+        states, text = story_losses(llm, [story_sequence(llm, example.turns) for example in examples])
+        return states, [one for example in examples for one in example.shows], text
+
+    return draw
 
 
 def train_align(
@@ -95,7 +121,9 @@ def train_align(
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("trainable_tokens" in name)
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
-    targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
+    source = RecordSource(llm, recipe.stream(), recipe.task_list("caption")) if recipe.data else None
+    captions = source.captions(1000) if source else list(caption_states(1000, recipe.seed))
+    targets = Targets(pipeline, captions)
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
     trained = Trained(mapper, trainable(adapted))
     optimizer = torch.optim.AdamW(
@@ -106,21 +134,21 @@ def train_align(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
     trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
+    if source:
+        accelerator.register_for_checkpointing(source)
     start = run.resume() if resume else 0
-    cache = ContextCache(llm, passages(llm, recipe), dtype=torch.float16)
+    batches = record_batches(llm, source) if source else cached_batches(llm, recipe)
+    shown_first = preview_examples(recipe)
     picture_losses = PictureLosses(recipe, mapper, targets)
 
     def one_step(step: int) -> dict[str, float]:
         draw, generator = step_generator(recipe.seed, step)
-        contexts = cache.draw(recipe.batch, draw)
-        states = [context.state for context in contexts]
+        states, shows, text_loss = batches(recipe.batch, draw)
         latents = None
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
-            latents = picture_latents(pipeline, states, draw)
-        captions = [state.caption() for state in states]
-        losses = picture_losses(block_states(llm, contexts), captions, latents, generator)
-        wanted = torch.full((recipe.batch,), llm.voken_ids[0], device=llm.device)
-        losses["text"] = voken_loss(llm.logits(torch.stack([context.last for context in contexts])), wanted)
+            latents = picture_latents(pipeline, shows, draw)
+        losses = picture_losses(states, [one.caption for one in shows], latents, generator)
+        losses["text"] = text_loss
         optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
         if step % recipe.preview_every == 0:
             preview(step)
@@ -128,14 +156,30 @@ def train_align(
 
     @torch.no_grad()
     def preview(step: int) -> None:
-        conditioning = torch.cat([mapper(caption_voken_states(llm, text)).tokens for text in PREVIEW])
-        run.preview(step, pipeline, conditioning, mapper.negative().tokens)
+        states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
+        run.preview(step, pipeline, mapper(states).tokens, mapper.negative().tokens)
 
-    train(run, start, one_step, lambda step: run.save_result(mapper, adapted, folder, step, data="storybook"))
+    train(
+        run,
+        start,
+        one_step,
+        lambda step: run.save_result(mapper, adapted, folder, step, data=recipe.data_name),
+    )
     return llm, mapper
 
 
-def caption_voken_states(llm: FrozenLLM, caption: str) -> Tensor:
-    """(1, V, L) for one caption, by one plain forward."""
-    ids = torch.tensor([caption_ids(llm, caption) + llm.voken_ids[:-1]], device=llm.device)
-    return llm.decoder(inputs_embeds=llm.embed(ids)).last_hidden_state[:, -len(llm.voken_ids) :]
+def preview_examples(recipe: StageRecipe) -> list[list[Turn]]:
+    """What previews are drawn from: the data set's first rows, eight pictures at most; else fixed captions."""
+    if not recipe.data:
+        return [[Turn(text, "")] for text in PREVIEW]
+    turns: list[list[Turn]] = []
+    for row in read(Path(recipe.data), recipe.format):
+        if isinstance(row, Record):
+            turns += [
+                [Turn(scene.caption or scene.text, "")]
+                for scene in row.scenes
+                if scene.picture and scene.text
+            ]
+        if len(turns) >= 8:
+            break
+    return turns[:8]

@@ -22,8 +22,8 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.prompts import Turn, chat_text
 
 from .adapters import save_adapter, trainable
-from .finetune import story_sequence, text_losses
 from .progress import Progress, interrupts
+from .sequences import story_sequence, text_losses
 from .stage import optimise, step_generator
 from .storybook.stories import TrueScene, stories
 

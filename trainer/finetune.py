@@ -5,29 +5,27 @@
 A whole story is one sequence with all its voken blocks, so one forward serves all its pictures.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
 from minigpt5_core.llm_files import default_llm
-from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.mapper import Mapper
-from minigpt5_core.prompts import Turn, chat_prompt
-from minigpt5_core.vokens import block_starts, gather_voken_states
+from minigpt5_core.prompts import NEXT, Turn
 
 from .adapters import adapt, trainable, voken_tables, with_prefix
-from .align import caption_states, picture_latents
-from .showing import questions, shown_turns, told_scenes
+from .data.formats import read
+from .data.records import Record
+from .examples import RecordSource, Source, StorybookSource, shown
+from .sequences import story_losses, story_sequence, text_losses
+from .showing import questions
 from .stage import (
     PictureLosses,
     Run,
@@ -38,10 +36,11 @@ from .stage import (
     load_diffusion,
     new_mapper,
     optimise,
+    picture_latents,
     step_generator,
     train,
 )
-from .storybook.stories import TrueScene, stories, training_state
+from .storybook.stories import stories, training_state
 
 
 @dataclass(frozen=True)
@@ -76,51 +75,6 @@ class FinetuneRecipe(StageRecipe):
             raise BadInputError(f"adapter is {self.adapter!r}; it can be lora or prefix.")
 
 
-@dataclass(frozen=True)
-class StorySequence:
-    """A story as ids, the labels of what the LLM should have written (-100 elsewhere), and where its blocks begin.
-
-    A picture that is shown takes as many ids, all the slot's, as it has image tokens; `images` holds those, (K, L).
-    """
-
-    ids: list[int]
-    labels: list[int]
-    blocks: list[int]
-    images: list[Tensor] = field(default_factory=list)
-
-
-def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
-    """Every reply counts: its text, [IMG0] and the end mark; later vokens and pictures are given, never asked for."""
-    images = chat_prompt(llm, turns).images
-    ids = _spread(llm, turns)
-    labels = [IGNORED] * len(ids)
-    unasked = set(llm.voken_ids[1:])
-    last = {llm.tokenizer.eos_token_id, llm.picture_id}
-    for index, turn in enumerate(turns):
-        start = len(_spread(llm, [*turns[:index], Turn(turn.request)]))
-        stop = next(position for position in range(start, len(ids)) if ids[position] in last)
-        for position in range(start, stop if ids[stop] == llm.picture_id else stop + 1):
-            if ids[position] not in unasked:
-                labels[position] = ids[position]
-    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids), images)
-
-
-def _spread(llm: FrozenLLM, turns: Sequence[Turn]) -> list[int]:
-    """The turns' ids, a picture's slot repeated for each of its image tokens."""
-    prompt = chat_prompt(llm, turns)
-    images = iter(prompt.images)
-    return [
-        token
-        for slot in prompt.ids
-        for token in ([slot] * len(next(images)) if slot == prompt.image_id else [slot])
-    ]
-
-
-def as_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
-    """A story of the world as requests and replies."""
-    return [Turn(scene.request, scene.text) for scene in scenes]
-
-
 def with_adapter(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     """Adds what the recipe trains of the LLM, which is changed in place and itself stays frozen."""
     if recipe.adapter == "prefix":
@@ -145,52 +99,23 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     )
 
 
-def some_shown(llm: FrozenLLM, scenes: Sequence[TrueScene], share: float, draw: random.Random) -> list[Turn]:
-    """A story of the world; to an LLM that sees, with pictures in a `share` of the stories."""
-    shown = llm.image_encoder is not None and draw.random() < share
-    return shown_turns(llm, scenes, draw) if shown else as_turns(scenes)
+def examples_of(recipe: FinetuneRecipe, llm: FrozenLLM) -> Source:
+    """What the recipe trains on: its data set, or the storybook's stories."""
+    if recipe.data:
+        return RecordSource(llm, recipe.stream(), recipe.task_list("story"), recipe.shown_share)
+    return StorybookSource(llm, recipe.stories, recipe.seed, recipe.shown_share)
 
 
-def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:
-    """One forward over stories padded behind: voken states of all blocks (k, V, L), and the text loss."""
-    # no attention mask: padding stands behind everything that counts, and attention is causal
-    hidden = _hidden(llm, sequences)
-    blocks = [(row, start) for row, sequence in enumerate(sequences) for start in sequence.blocks]
-    states = gather_voken_states(hidden, blocks, len(llm.voken_ids))
-    return states, _text_loss(llm, sequences, hidden)
-
-
-def text_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
-    """The same forward for sequences that hold no voken blocks: the text loss alone."""
-    return _text_loss(llm, sequences, _hidden(llm, sequences))
-
-
-def _hidden(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
-    """(B, S, L) last-layer states."""
-    known = llm.begin(len(sequences))
-    return llm.decoder(inputs_embeds=_embed(llm, sequences), past_key_values=known).last_hidden_state
-
-
-def _text_loss(llm: FrozenLLM, sequences: Sequence[StorySequence], hidden: Tensor) -> Tensor:
-    asked = [
-        (row, position - 1, label)
-        for row, sequence in enumerate(sequences)
-        for position, label in enumerate(sequence.labels)
-        if label != IGNORED
-    ]
-    row, position, label = (torch.tensor(column, device=llm.device) for column in zip(*asked, strict=True))
-    return voken_loss(llm.logits(hidden[row, position]), label)
-
-
-def _embed(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
-    """(B, S, L), padded behind, pictures in their places."""
-    pad = llm.tokenizer.pad_token_id or 0
-    rows = [torch.tensor(sequence.ids) for sequence in sequences]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(llm.device)
-    slots = ids == llm.picture_id
-    embedded = llm.embed(ids.masked_fill(slots, pad))
-    images = [image for sequence in sequences for image in sequence.images]
-    return embedded.masked_scatter(slots[..., None], torch.cat(images).to(embedded)) if images else embedded
+def preview_stories(recipe: FinetuneRecipe) -> list[list[Turn]]:
+    """What previews are drawn from, four scenes of two stories: the data set's first, or the first held-out ones."""
+    if not recipe.data:
+        told = [[(s.request, s.text) for s in scenes] for scenes in islice(stories(0, "test"), 2)]
+    else:
+        records = (row for row in read(Path(recipe.data), recipe.format) if isinstance(row, Record))
+        told = [
+            [(NEXT, s.text) for s in record.scenes if s.picture and s.text] for record in islice(records, 2)
+        ]
+    return [[Turn(request, text) for request, text in scenes[:4]] for scenes in told if scenes]
 
 
 def train_finetune(
@@ -206,8 +131,8 @@ def train_finetune(
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
     pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
-    data = list(islice(stories(recipe.seed), recipe.stories))
-    targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
+    source = examples_of(recipe, llm)
+    targets = Targets(pipeline, source.captions(1000))
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
     trained = Trained(mapper, trainable(adapted))
     rows = [p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" in name]
@@ -223,27 +148,28 @@ def train_finetune(
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
     trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
+    accelerator.register_for_checkpointing(source)
     start = run.resume() if resume else 0
     picture_losses = PictureLosses(recipe, mapper, targets)
+    shown_first = preview_stories(recipe)
     adapted.train()
 
     def one_step(step: int) -> dict[str, float]:
         draw, generator = step_generator(recipe.seed, step)
         torch.manual_seed(recipe.seed * 1_000_003 + step)  # LoRA's dropout
-        batch = draw.sample(data, recipe.batch)
-        told = [some_shown(llm, scenes, recipe.shown_share, draw) for scenes in batch]
-        shows = [s.state for story, turns in zip(batch, told, strict=True) for s in told_scenes(story, turns)]
-        states, text_loss = story_losses(llm, [story_sequence(llm, turns) for turns in told])
+        examples = source.draw(recipe.batch, draw)
+        shows = [one for example in examples for one in example.shows]
+        states, text_loss = story_losses(llm, [story_sequence(llm, example.turns) for example in examples])
         if recipe.captions:  # a batch of their own: padded to a story's length they would cost as much
-            alone = [training_state(draw) for _ in range(recipe.captions)]
-            sequences = [story_sequence(llm, [Turn(state.caption(), "")]) for state in alone]
+            alone = [shown(training_state(draw)) for _ in range(recipe.captions)]
+            sequences = [story_sequence(llm, [Turn(one.caption, "")]) for one in alone]
             more, caption_text = story_losses(llm, sequences)
             states, text_loss = torch.cat((states, more)), text_loss + caption_text
             shows += alone
         latents = None
-        if recipe.image_weight and step > recipe.image_from * recipe.steps:
+        if recipe.image_weight and step > recipe.image_from * recipe.steps and shows:
             latents = picture_latents(pipeline, shows, draw)
-        losses = picture_losses(states, [state.caption() for state in shows], latents, generator)
+        losses = picture_losses(states, [one.caption for one in shows], latents, generator)
         losses["text"] = text_loss
         if recipe.image_adapter and recipe.questions:
             asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.questions, draw)]
@@ -255,12 +181,16 @@ def train_finetune(
 
     @torch.no_grad()
     def preview(step: int) -> None:
-        """The first two held-out stories, their true sentences given."""
+        """The first scenes of two stories, their true sentences given."""
         adapted.eval()
-        told = list(islice(stories(0, "test"), 2))
-        states, _ = story_losses(llm, [story_sequence(llm, as_turns(scenes[:4])) for scenes in told])
+        states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
         run.preview(step, pipeline, mapper(states).tokens, mapper.negative().tokens)
         adapted.train()
 
-    train(run, start, one_step, lambda step: run.save_result(mapper, adapted, folder, step, data="storybook"))
+    train(
+        run,
+        start,
+        one_step,
+        lambda step: run.save_result(mapper, adapted, folder, step, data=recipe.data_name),
+    )
     return llm, mapper

@@ -35,8 +35,8 @@ from minigpt5_core.vision import (
 )
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
 
-from .finetune import story_losses, story_sequence, text_losses
 from .progress import Progress, interrupts
+from .sequences import story_losses, story_sequence, text_losses
 from .showing import caption_turns, questions, shown_turns, soft_pictures, told_scenes
 from .stage import Targets, code_version, load_diffusion
 from .storybook.render import render

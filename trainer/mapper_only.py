@@ -24,8 +24,9 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn
 
-from .align import caption_states, picture_latents
-from .finetune import some_shown, story_losses, story_sequence
+from .align import caption_states
+from .examples import Shown, shown, some_shown
+from .sequences import story_losses, story_sequence
 from .showing import told_scenes
 from .stage import (
     PictureLosses,
@@ -37,12 +38,12 @@ from .stage import (
     load_diffusion,
     new_mapper,
     optimise,
+    picture_latents,
     scale_to,
     step_generator,
     train,
 )
 from .storybook.stories import stories
-from .storybook.world import State
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Remembered:
     """Voken states (N, V, L) in half precision, and what each picture should show."""
 
     states: Tensor
-    shows: list[State]
+    shows: list[Shown]
 
 
 @torch.no_grad()
@@ -73,10 +74,10 @@ def remember(recipe: MapperRecipe, llm: FrozenLLM) -> Remembered:
     for scenes in islice(stories(recipe.seed), recipe.stories):
         turns = some_shown(llm, scenes, recipe.shown_share, draw)
         sequences.append(story_sequence(llm, turns))
-        shows += [scene.state for scene in told_scenes(scenes, turns)]
+        shows += [shown(scene.state) for scene in told_scenes(scenes, turns)]
     for state in caption_states(recipe.captions, recipe.seed).values():
         sequences.append(story_sequence(llm, [Turn(state.caption(), "")]))
-        shows.append(state)
+        shows.append(shown(state))
     parts = [sequences[first : first + 4] for first in range(0, len(sequences), 4)]
     states = [story_losses(llm, part)[0].half() for part in tqdm(parts, desc="voken states", mininterval=5)]
     return Remembered(torch.cat(states), shows)
@@ -122,7 +123,7 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
         latents = None
         if recipe.image_weight and step > recipe.image_from * recipe.steps:
             latents = picture_latents(pipeline, shows, draw)
-        captions = [state.caption() for state in shows]
+        captions = [one.caption for one in shows]
         losses = picture_losses(known.states[rows].float(), captions, latents, generator)
         optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
         return {name: loss.item() for name, loss in losses.items()}

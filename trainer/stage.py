@@ -5,7 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,12 @@ from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_co
 from minigpt5_core.weights import MapperHeader, hash_weights, load_mapper, save_mapper
 
 from .adapters import save_adapter
+from .data.stream import Stream
+from .data.tasks import Task
+from .examples import Shown, fitted
 from .progress import Progress, grid, interrupts
+from .recipe import build_recipe
+from .storybook.autoencoder import encode_pictures
 from .storybook.diffusion import encode_texts
 
 
@@ -43,6 +48,9 @@ class StageRecipe:
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
     `tokens` is how many the mapper answers with; caption alignment needs the text encoder's own number.
     `image_from` is the share of the steps after which the diffusion loss joins in.
+
+    `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
+    (empty: the storybook's world), `tasks` how often each task is drawn and with which wordings.
     """
 
     llm: str = ""
@@ -64,6 +72,9 @@ class StageRecipe:
     image_from: float = 0.5
     min_snr_gamma: float = 5.0
     dropout: float = 0.1
+    data: str = ""
+    format: str = "jsonl"
+    tasks: dict = field(default_factory=dict)
     preview_every: int = 200
     save_every: int = 200
     seed: int = 0
@@ -74,6 +85,20 @@ class StageRecipe:
         for name in ("steps", "batch", "vokens", "tokens", "preview_every", "save_every"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+
+    @property
+    def data_name(self) -> str:
+        """What a result's header says it was trained on; a path would say whose machine."""
+        return Path(self.data).name if self.data else "storybook"
+
+    def stream(self) -> Stream:
+        """The rows of the data set."""
+        return Stream(Path(self.data), self.format, self.seed)
+
+    def task_list(self, default: str) -> dict[str, Task]:
+        """The tasks the recipe names, or the stage's own."""
+        named = self.tasks or {default: {}}
+        return {name: build_recipe(Task, values, f"tasks.{name}") for name, values in named.items()}
 
 
 class Targets:
@@ -147,6 +172,12 @@ def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
     return mapper.train()
 
 
+def picture_latents(pipeline: StableDiffusionPipeline, shows: Sequence[Shown], draw: random.Random) -> Tensor:
+    """Scaled latents of what is to be shown, at the size the diffusion model was trained on, (B, C, h, w)."""
+    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    return encode_pictures(pipeline.vae, [fitted(one.image(draw), side) for one in shows])
+
+
 class Trained(nn.Module):
     """Everything that learns, and nothing else: what the optimiser sees and a saved state holds."""
 
@@ -169,6 +200,8 @@ class PictureLosses:
         self, states: Tensor, captions: Sequence[str], latents: Tensor | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """`states` (B, V, L); `latents` (B, 4, h, w), or None while the diffusion loss is off."""
+        if not len(states):
+            return {}  # a batch whose tasks ask for no picture
         states, dropped = drop_states(states, self.recipe.dropout, generator)
         answer = self.mapper(states).tokens
         texts = ["" if gone else text for text, gone in zip(captions, dropped.tolist(), strict=True)]

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from minigpt5_core.pipeline import Parts, StoryTeller, load
+from minigpt5_core.prompts import Turn
 
-from ..finetune import as_turns, story_losses, story_sequence
 from ..progress import grid
+from ..sequences import story_losses, story_sequence
 from .scorer import load_scorer
 from .stories import TrueScene, stories
 from .world import State
@@ -65,7 +66,9 @@ def draw_vokens(teller: StoryTeller, told: list[list[TrueScene]], recipe: ScoreR
     """One picture a scene: the story up to its sentence -> vokens -> mapper -> diffusion model."""
     pictures = []
     for index, story in enumerate(told):
-        states, _ = story_losses(teller.llm, [story_sequence(teller.llm, as_turns(story))])
+        states, _ = story_losses(
+            teller.llm, [story_sequence(teller.llm, [Turn(scene.request, scene.text) for scene in story])]
+        )
         positive, negative = (
             teller.mapper(states).tokens,
             teller.mapper.negative().tokens.expand(len(states), -1, -1),

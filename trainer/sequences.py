@@ -1,0 +1,94 @@
+"""A story as one sequence for the LLM: ids, labels, voken blocks; and one forward over several of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.losses import IGNORED, voken_loss
+from minigpt5_core.prompts import Turn, chat_prompt
+from minigpt5_core.vokens import block_starts, gather_voken_states
+
+
+@dataclass(frozen=True)
+class StorySequence:
+    """A story as ids, the labels of what the LLM should have written (-100 elsewhere), and where its blocks begin.
+
+    A picture that is shown takes as many ids, all the slot's, as it has image tokens; `images` holds those, (K, L).
+    """
+
+    ids: list[int]
+    labels: list[int]
+    blocks: list[int]
+    images: list[Tensor] = field(default_factory=list)
+
+
+def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
+    """Every reply counts: its text, [IMG0] and the end mark; later vokens and pictures are given, never asked for."""
+    images = chat_prompt(llm, turns).images
+    ids = _spread(llm, turns)
+    labels = [IGNORED] * len(ids)
+    unasked = set(llm.voken_ids[1:])
+    last = {llm.tokenizer.eos_token_id, llm.picture_id}
+    for index, turn in enumerate(turns):
+        start = len(_spread(llm, [*turns[:index], Turn(turn.request)]))
+        stop = next(position for position in range(start, len(ids)) if ids[position] in last)
+        for position in range(start, stop if ids[stop] == llm.picture_id else stop + 1):
+            if ids[position] not in unasked:
+                labels[position] = ids[position]
+    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids), images)
+
+
+def _spread(llm: FrozenLLM, turns: Sequence[Turn]) -> list[int]:
+    """The turns' ids, a picture's slot repeated for each of its image tokens."""
+    prompt = chat_prompt(llm, turns)
+    images = iter(prompt.images)
+    return [
+        token
+        for slot in prompt.ids
+        for token in ([slot] * len(next(images)) if slot == prompt.image_id else [slot])
+    ]
+
+
+def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:
+    """One forward over stories padded behind: voken states of all blocks (k, V, L), and the text loss."""
+    # no attention mask: padding stands behind everything that counts, and attention is causal
+    hidden = _hidden(llm, sequences)
+    blocks = [(row, start) for row, sequence in enumerate(sequences) for start in sequence.blocks]
+    states = gather_voken_states(hidden, blocks, len(llm.voken_ids))
+    return states, _text_loss(llm, sequences, hidden)
+
+
+def text_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
+    """The same forward for sequences that hold no voken blocks: the text loss alone."""
+    return _text_loss(llm, sequences, _hidden(llm, sequences))
+
+
+def _hidden(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
+    """(B, S, L) last-layer states."""
+    known = llm.begin(len(sequences))
+    return llm.decoder(inputs_embeds=_embed(llm, sequences), past_key_values=known).last_hidden_state
+
+
+def _text_loss(llm: FrozenLLM, sequences: Sequence[StorySequence], hidden: Tensor) -> Tensor:
+    asked = [
+        (row, position - 1, label)
+        for row, sequence in enumerate(sequences)
+        for position, label in enumerate(sequence.labels)
+        if label != IGNORED
+    ]
+    row, position, label = (torch.tensor(column, device=llm.device) for column in zip(*asked, strict=True))
+    return voken_loss(llm.logits(hidden[row, position]), label)
+
+
+def _embed(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
+    """(B, S, L), padded behind, pictures in their places."""
+    pad = llm.tokenizer.pad_token_id or 0
+    rows = [torch.tensor(sequence.ids) for sequence in sequences]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(llm.device)
+    slots = ids == llm.picture_id
+    embedded = llm.embed(ids.masked_fill(slots, pad))
+    images = [image for sequence in sequences for image in sequence.images]
+    return embedded.masked_scatter(slots[..., None], torch.cat(images).to(embedded)) if images else embedded
