@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,13 @@ from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
 from trainer import ablate
+from trainer import evaluate as evaluation
 from trainer.ablate import read_variants, run_ablations
 from trainer.caption_adapter import CaptionAdapterRecipe, train_caption_adapter
+from trainer.cli import main
+from trainer.data.export import export_stories
+from trainer.data.formats import read
+from trainer.data.records import Record
 from trainer.evaluate import ROWS, EvaluateRecipe, evaluate
 from trainer.gallery import Gallery, fingerprint
 from trainer.measure import COLUMNS
@@ -210,3 +216,44 @@ def test_the_shipped_ablations_are_recipes():
     variants = read_variants(Path("trainer/recipes/storybook_ablations.toml"))
     assert variants["2 vokens"].align.vokens == 2 and variants["default"].align.steps == 200
     assert variants["no stage 2"].finetune is None
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_a_data_set_is_evaluated_into_the_same_kind_of_report(small, tmp_path, write):
+    path = export_stories("vist", 2, 4, tmp_path / "data")
+    recipe = replace(
+        small,
+        data=str(path),
+        format="vist",
+        rows=("vokens", "two_stage", "oracle"),
+        write=write,
+        max_new_tokens=3,
+    )
+    found = evaluate(recipe, tmp_path / "out")
+    assert list(found["rows"]) == ["vokens", "two_stage", "oracle"]
+    for cells in found["rows"].values():
+        assert (
+            cells["abstained"]["mean"] == 0 and cells["llm_tokens_per_scene"] and cells["seconds_per_scene"]
+        )
+        assert cells["clip_i"] is None
+    assert "clip" in found["reasons"]["clip_i"]
+    assert found["rows"]["oracle"]["rouge_l"]["mean"] == 1  # its texts are the true ones
+    assert (found["rows"]["vokens"]["rouge_l"]["mean"] < 1) == write
+    assert found["differences"]["vokens-oracle"]["rouge_l"]["mean"] <= 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 stories of train_cleaned.json" in page and "What was not measured" in page
+    lines = (tmp_path / "out" / "report.csv").read_text().splitlines()
+    assert lines[0] == "row,column,mean,low,high" and any(
+        line.startswith("oracle,rouge_l,1.0") for line in lines
+    )
+    told = list(read(tmp_path / "out" / "vokens.jsonl", "jsonl"))
+    assert len(told) == 2 and all(isinstance(story, Record) for story in told)
+
+
+def test_the_command_line_names_data_format_and_systems(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda recipe, out: given.append(recipe))
+    arguments = ["--data", "d.json", "--format", "vist", "--systems", "vokens,oracle", "--stories", "3"]
+    assert main(["evaluate", "--out", str(tmp_path), *arguments]) == 0
+    found = (given[0].data, given[0].format, given[0].rows, given[0].stories)
+    assert found == ("d.json", "vist", ("vokens", "oracle"), 3)

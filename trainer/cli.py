@@ -19,6 +19,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted (with the wor
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--stories", type=int, help="how many held-out stories")
             command.add_argument("--seed", type=int, help="another seed takes other stories")
+            command.add_argument("--data", help="a data set in place of the storybook's world")
+            command.add_argument("--format", help=f"of --data: {', '.join(LAYOUTS)}")
+            command.add_argument("--systems", help="rows of the table, such as vokens,two_stage,oracle")
         if name in ("align", "finetune", "mapper"):
             command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
         if name in ("align", "finetune", "mapper", "storybook-diffusion", "image-adapter"):
@@ -161,7 +165,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .evaluate import EvaluateRecipe, evaluate
     from .recipe import load_recipe
 
-    given = {"stories": arguments.stories, "seed": arguments.seed}
+    given = {name: getattr(arguments, name) for name in ("stories", "seed", "data", "format")}
+    if arguments.systems is not None:
+        given["rows"] = json.dumps(arguments.systems.split(","))
     changes = [f"{name}={value}" for name, value in given.items() if value is not None]
     evaluate(load_recipe(EvaluateRecipe, arguments.recipe, arguments.set + changes), arguments.out)
     return 0

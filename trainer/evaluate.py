@@ -15,15 +15,17 @@ from peft import PeftModel
 from PIL import Image
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.generate import Sampling
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.pipeline import STORYBOOK, Parts, StoryTeller, load
 from minigpt5_core.weights import hash_weights, load_mapper
 
-from .gallery import Gallery, fingerprint
+from .evaluate_data import chapters, held_records, score_systems, systems, true_pictures
+from .gallery import Gallery, draw_missing, fingerprint, write_stories
 from .measure import features_of, measure, single_facts, summarise
-from .progress import Progress
 from .report import write_report
+from .scores.recipe import ScoresRecipe
 from .storybook import rows
 from .storybook.render import render
 from .storybook.rows import Drawing, Drawn, Row
@@ -39,7 +41,12 @@ SHEET = 10  # single captions to a strip
 
 @dataclass(frozen=True)
 class EvaluateRecipe:
-    """Which stories, drawn how, in which ways. Empty paths stand for the storybook's own parts."""
+    """Which stories, drawn how, in which ways. Empty paths stand for the storybook's own parts.
+
+    `data` in a `format` is a data set to evaluate on in place of the storybook's world, in the ways that need no more
+    than the main parts. There the LLM writes the texts itself, of at most `max_new_tokens`, unless `write` is false;
+    `scores` says with which weights what comes out is measured.
+    """
 
     stories: int = 100
     seed: int = 7
@@ -56,6 +63,11 @@ class EvaluateRecipe:
     reference_mapper: str = "storybook/benchmark/reference_mapper.safetensors"
     caption_adapter: str = "storybook/benchmark/caption_adapter"
     scorer: str = "storybook/benchmark/scorer.safetensors"
+    data: str = ""
+    format: str = "jsonl"
+    write: bool = True
+    max_new_tokens: int = 60
+    scores: ScoresRecipe = ScoresRecipe()
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in ROWS]:
@@ -72,6 +84,8 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
     with the same settings and weights is not drawn again.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())
+    if recipe.data:
+        return _evaluate_data(recipe, out, processes)
     told = list(islice(stories(recipe.seed, "test"), recipe.stories))
     singles = single_captions(recipe)
     teller = _load(recipe)
@@ -79,12 +93,43 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
     galleries = {name: _gallery(recipe, out, name) for name in ways}
     alone = {name: _gallery(recipe, out, name, "captions") for name in ways if name in SINGLE}
     share = slice(processes.process_index, None, processes.num_processes)
-    _draw(list(enumerate(told))[share], 1000 * recipe.seed, 1000, ways, galleries)
+    draw_missing(list(enumerate(told))[share], 1000 * recipe.seed, 1000, ways, galleries)
     single_ways = {name: way for name, way in rows.single(teller, _drawing(recipe)).items() if name in alone}
-    _draw(list(enumerate(singles))[share], 1000 * recipe.seed, SHEET, single_ways, alone)
+    draw_missing(list(enumerate(singles))[share], 1000 * recipe.seed, SHEET, single_ways, alone)
     processes.wait_for_everyone()
     if processes.is_main_process:
         _report(recipe, out, told, singles, galleries, alone)
+    processes.wait_for_everyone()
+    return json.loads((out / "report.json").read_text())
+
+
+def _evaluate_data(recipe: EvaluateRecipe, out: Path, processes: PartialState) -> dict:
+    """The same on a data set."""
+    records = held_records(Path(recipe.data), recipe.format, recipe.stories)
+    teller = _load(recipe)
+    stories = [chapters(teller, record) for record in records]
+    sampling = Sampling(temperature=0.0, max_new_tokens=recipe.max_new_tokens)
+    known = systems(teller, _drawing(recipe), sampling, recipe.write)
+    ways = {name: way for name, way in known.items() if name in recipe.rows}
+    galleries = {name: _gallery(recipe, out, name) for name in ways}
+    share = slice(processes.process_index, None, processes.num_processes)
+    draw_missing(list(enumerate(stories))[share], 1000 * recipe.seed, 1000, ways, galleries)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        drawn = {name: [gallery.load(n) for n in range(len(stories))] for name, gallery in galleries.items()}
+        report = score_systems(stories, [record.id for record in records], drawn, recipe.scores)
+        texts = [[chapter.scene.text for chapter in story] for story in stories]
+        for number, story in enumerate(stories):
+            side = next(one.picture.width for system in drawn.values() for one in system[number])
+            Gallery(out / "pictures" / "true", "").save(number, true_pictures(story, side))
+        for name, gallery in galleries.items():
+            write_stories(out, name, [[one.text for one in story] for story in drawn[name]], gallery)
+        report["settings"] = asdict(recipe) | {
+            "data": Path(recipe.data).name,
+            "scenes": sum(map(len, stories)),
+        }
+        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_report(out, report, texts, [])
     processes.wait_for_everyone()
     return json.loads((out / "report.json").read_text())
 
@@ -155,7 +200,8 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
 
 def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> Gallery:
     """Where a row's pictures lie; what they were drawn with are all parts, and the row's own."""
-    settings = {key: getattr(recipe, key) for key in ("seed", "steps", "guidance", "feed_back")}
+    told = ("seed", "steps", "guidance", "feed_back", "data", "format", "write", "max_new_tokens")
+    settings = {key: getattr(recipe, key) for key in told}
     parts = [
         _path(recipe.mapper) or STORYBOOK / "voken_mappers",
         _path(recipe.adapter) or STORYBOOK / "loras",
@@ -167,22 +213,6 @@ def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> G
     if name in own:
         parts.append(Path(own[name]))
     return Gallery(out / "pictures" / below / name, fingerprint(settings, parts))
-
-
-def _draw(
-    told: list[tuple[int, list[TrueScene]]],
-    seed: int,
-    stride: int,
-    ways: dict[str, Row],
-    galleries: dict[str, Gallery],
-) -> None:
-    """Story by story, each in all ways in turn, so that a busy machine slows none of them more than the others."""
-    progress = Progress(len(told))
-    for done, (number, story) in enumerate(told, 1):
-        missing = [name for name in ways if not galleries[name].has(number)]
-        for name in missing:
-            galleries[name].save(number, list(ways[name](story, seed + stride * number)))
-        progress.update(done, len(missing) * len(story))
 
 
 def _report(
@@ -212,22 +242,11 @@ def _report(
         "scenes": sum(map(len, told)),
         "scorer_accuracy": accuracy(scorer, 500, seed=recipe.seed + 1),
     }
+    texts = [[scene.text for scene in story] for story in told]
     for name, gallery in galleries.items():
-        _write_stories(out, name, told, gallery)
+        write_stories(out, name, texts, gallery)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_report(out, report, told, [scene.caption for scene in singles[0]])
-
-
-def _write_stories(out: Path, name: str, told: list[list[TrueScene]], gallery: Gallery) -> None:
-    """Writes the row's stories as `NAME.jsonl`: text and picture items in order, a story a line."""
-    lines = []
-    for number, story in enumerate(told):
-        items: list[dict[str, str]] = []
-        for index, scene in enumerate(story):
-            picture = gallery.picture(number, index).relative_to(out).as_posix()
-            items += [{"text": scene.text}, {"picture": picture}]
-        lines.append(json.dumps({"id": gallery.story(number).name, "items": items}, ensure_ascii=False))
-    (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_report(out, report, texts, [scene.caption for scene in singles[0]])
 
 
 def _true_pictures(recipe: EvaluateRecipe, number: int, story: list[TrueScene]) -> list[Image.Image]:

@@ -8,15 +8,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
+from .progress import Progress
 from .storybook.rows import Drawn
 
 NOTES = "drawn.json"
+Story = TypeVar("Story")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Gallery:
             "settings": self.settings,
             "tokens": [one.llm_tokens for one in drawn],
             "seconds": [round(one.seconds, 4) for one in drawn],
+            "texts": [one.text for one in drawn],
         }
         (fresh / NOTES).write_text(json.dumps(notes) + "\n")
         shutil.rmtree(place, ignore_errors=True)
@@ -58,9 +62,10 @@ class Gallery:
     def load(self, number: int) -> list[Drawn]:
         """A story that is there."""
         notes = self._notes(number)
+        told = zip(notes["tokens"], notes["seconds"], notes["texts"], strict=True)
         return [
-            Drawn(Image.open(self.picture(number, scene)).convert("RGB"), tokens, seconds)
-            for scene, (tokens, seconds) in enumerate(zip(notes["tokens"], notes["seconds"], strict=True))
+            Drawn(Image.open(self.picture(number, scene)).convert("RGB"), *each)
+            for scene, each in enumerate(told)
         ]
 
     def _notes(self, number: int) -> dict:
@@ -68,6 +73,38 @@ class Gallery:
             return json.loads((self.story(number) / NOTES).read_text())
         except (OSError, ValueError):
             return {}
+
+
+def draw_missing(
+    told: Sequence[tuple[int, Story]],
+    seed: int,
+    stride: int,
+    ways: Mapping[str, Callable[[Story, int], Iterator[Drawn]]],
+    galleries: Mapping[str, Gallery],
+) -> None:
+    """Story by story, each in all ways in turn, so that a busy machine slows none of them more than the others."""
+    progress = Progress(len(told))
+    for done, (number, story) in enumerate(told, 1):
+        missing = [name for name in ways if not galleries[name].has(number)]
+        pictures = 0
+        for name in missing:
+            drawn = list(ways[name](story, seed + stride * number))
+            galleries[name].save(number, drawn)
+            pictures += len(drawn)
+        progress.update(done, pictures)
+
+
+def write_stories(out: Path, name: str, texts: Sequence[Sequence[str]], gallery: Gallery) -> None:
+    """Writes a row's stories as `NAME.jsonl`: text and picture items in order, a story a line."""
+    lines = []
+    for number, story in enumerate(texts):
+        items: list[dict[str, str]] = []
+        for index, text in enumerate(story):
+            picture = gallery.picture(number, index).relative_to(out).as_posix()
+            items += [{"text": text}] if text.strip() else []
+            items.append({"picture": picture})
+        lines.append(json.dumps({"id": gallery.story(number).name, "items": items}, ensure_ascii=False))
+    (out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def fingerprint(settings: dict, paths: Iterable[Path]) -> str:

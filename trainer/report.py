@@ -1,5 +1,6 @@
 """The benchmark's report as a page: table with intervals, plots, stories side by side. Every text is escaped."""
 
+import csv
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -11,7 +12,6 @@ from minigpt5_core.story import Scene, Story
 
 from .gallery import Gallery
 from .progress import grid
-from .storybook.stories import TrueScene
 
 SHOWN_STORIES = 8
 WAYS = {  # of `three_ways.png`, from top to bottom
@@ -19,29 +19,27 @@ WAYS = {  # of `three_ways.png`, from top to bottom
     "two_stage": "two-stage: the sentence alone is drawn",
     "oracle": "oracle: the true full caption is drawn",
 }
-PLOTTED = ("hero_unnamed", "prop_carried", "place", "time", "consistency", "image_similarity")
+PLOTTED = (
+    "hero_unnamed", "prop_carried", "place", "time", "consistency", "image_similarity", "clip_i", "dino_i", "clip_t",
+    "mm_relevance", "sentence_bert", "rouge_l",
+)  # fmt: skip
 BAR, GAP, LABEL, WIDTH = 20, 6, 150, 320  # of a plot, in pixels
 
 
-def write_report(
-    out: Path, report: dict, told: Sequence[Sequence[TrueScene]], captions: Sequence[str]
-) -> None:
-    """Writes `report.html` with the pictures it shows (`report/`), `report.md` and `three_ways.png`.
+def write_report(out: Path, report: dict, told: Sequence[Sequence[str]], captions: Sequence[str]) -> None:
+    """Writes `report.html` with the pictures it shows (`report/`), `report.md`, `report.csv` and `three_ways.png`.
 
     The pictures are read from `out/pictures`; `captions` are those of the first sheet of single captions.
     """
-    settings = report["settings"]
     shown = list(enumerate(told[:SHOWN_STORIES]))
     parts = [
         "<h1>Vokens beside the two-stage pipeline</h1>",
-        f"<p>{len(told)} held-out stories with {settings['scenes']} scenes in all, seed {settings['seed']}, "
-        f"{settings['steps']} steps, guidance {settings['guidance']:g}. Their sentences are given to every row. In "
-        "small print: 95 % interval by bootstrap over stories. The scorer is right on "
-        f"{_percents(settings['scorer_accuracy'])} of fresh renders.</p>",
+        f"<p>{escape(_introduction(report['settings']))} In small print: 95 % interval by bootstrap over stories.</p>",
         _table(report["rows"]),
         "<h2>Plots</h2><div class=plots>",
-        *(_plot(column, report["rows"]) for column in PLOTTED),
+        *(_plot(column, report["rows"]) for column in _plotted(report["rows"])),
         "</div>",
+        _reasons(report.get("reasons", {})),
         _ahead(report["differences"]),
         "<h2>Stories</h2><p>The first ones, nothing chosen; <i>true</i> is what each picture should show.</p>",
         *(_story(out, number, story, ["true", *report["rows"]]) for number, story in shown),
@@ -49,8 +47,18 @@ def write_report(
     ]
     (out / "report.html").write_text(_PAGE.format(style=_STYLE, body="\n".join(parts)), encoding="utf-8")
     (out / "report.md").write_text(as_markdown(report["rows"]), encoding="utf-8")
+    _write_csv(out / "report.csv", report["rows"])
     if all(name in report["rows"] for name in WAYS):
         _three_ways(out, told[0]).save(out / "three_ways.png", optimize=True)
+
+
+def _write_csv(path: Path, rows: dict[str, dict]) -> None:
+    """A line for each row and column with a value."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", "column", "mean", "low", "high"))
+        for name, cells in rows.items():
+            writer.writerows((name, column, *cell.values()) for column, cell in cells.items() if cell)
 
 
 def as_markdown(rows: dict[str, dict]) -> str:
@@ -69,8 +77,35 @@ def _plain(cell: dict[str, float] | None) -> str:
     return "–" if cell is None else f"{cell['mean']:.3g} ({cell['low']:.3g} to {cell['high']:.3g})"
 
 
+def _introduction(settings: dict) -> str:
+    """What was measured, in a sentence or two."""
+    drawn = (
+        f"{settings['scenes']} scenes in all, {settings['steps']} steps, guidance {settings['guidance']:g}."
+    )
+    if settings["data"]:
+        written = (
+            "The LLM wrote the texts." if settings["write"] else "The true texts were given to every row."
+        )
+        return f"{settings['stories']} stories of {settings['data']}, {drawn} {written}"
+    return (
+        f"{settings['stories']} held-out stories, seed {settings['seed']}, {drawn} Their sentences are given to every "
+        f"row. The scorer is right on {_percents(settings['scorer_accuracy'])} of fresh renders."
+    )
+
+
+def _plotted(rows: dict[str, dict]) -> list[str]:
+    """The columns from 0 to 1 that tell most, of those that were measured."""
+    return [name for name in PLOTTED if any(cells.get(name) for cells in rows.values())]
+
+
 def _percents(accuracy: dict[str, float]) -> str:
     return ", ".join(f"{100 * value:.1f} % ({fact})" for fact, value in accuracy.items())
+
+
+def _reasons(reasons: dict[str, str]) -> str:
+    """Why a column has no value."""
+    items = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in reasons.items())
+    return f"<h2>What was not measured</h2><ul>{items}</ul>" if items else ""
 
 
 def _ahead(differences: dict[str, dict]) -> str:
@@ -83,11 +118,11 @@ def _ahead(differences: dict[str, dict]) -> str:
     return head + _table(rows)
 
 
-def _three_ways(out: Path, story: Sequence[TrueScene]) -> Image.Image:
+def _three_ways(out: Path, story: Sequence[str]) -> Image.Image:
     """One story as each of `WAYS` draws it, its sentences below."""
     sheets = []
     for number, (name, label) in enumerate(WAYS.items()):
-        scenes = tuple(Scene(scene.text if number == len(WAYS) - 1 else "") for scene in story)
+        scenes = tuple(Scene(text if number == len(WAYS) - 1 else "") for text in story)
         pictures: list[Image.Image | None] = [*_pictures(out, name, 0)]
         sheets += [_band(label), draw_strip(Story("", 0, scenes), pictures)]
     sheet = Image.new("RGB", (sheets[-1].width, sum(each.height for each in sheets)), BACKGROUND)
@@ -158,8 +193,8 @@ def _bar(index: int, name: str, cell: dict[str, float]) -> str:
     )
 
 
-def _story(out: Path, number: int, story: Sequence[TrueScene], names: list[str]) -> str:
-    return _strips([scene.text for scene in story], {name: _shown(out, name, number) for name in names})
+def _story(out: Path, number: int, story: Sequence[str], names: list[str]) -> str:
+    return _strips(story, {name: _shown(out, name, number) for name in names})
 
 
 def _captions(out: Path, captions: Sequence[str]) -> str:

@@ -39,11 +39,15 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One scene's picture, how many tokens the LLM emitted for it, and how long all took, in seconds."""
+    """One scene's picture, how many tokens the LLM emitted for it, and how long all took, in seconds.
+
+    `text` is what the LLM wrote, where the text was not given.
+    """
 
     picture: Image.Image
     llm_tokens: int
     seconds: float
+    text: str = ""
 
 
 Row = Callable[[Sequence[TrueScene], int], Iterator[Drawn]]
