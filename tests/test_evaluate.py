@@ -118,13 +118,12 @@ def test_other_weights_are_drawn_anew(tmp_path):
 def test_two_processes_share_the_stories_and_report_the_same(report, small, tmp_path):
     given = [f"--set={name}={value}" for name, value in parts_of(small).items()]
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "trainer", "evaluate",
-        "--out", str(tmp_path / "out"),
-        "--stories", "2", "--set=steps=1", "--set=captions=2", *given,
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "trainer", "evaluate",
+        "--out", str(tmp_path / "out"), "--stories", "2", "--set=steps=1", "--set=captions=2", *given,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 1/1") == 2 + 1  # a story each, and one of them the sheet of captions
     one, two = (json.loads((out / "report.json").read_text())["rows"] for out in (report, tmp_path / "out"))
     for name in ROWS:
         for cells in (one[name], two[name]):
@@ -195,7 +194,7 @@ def test_ablations_train_and_measure_each_variant_once(trained, tmp_path, monkey
     table = run_ablations(recipe, tmp_path / "out")
     assert list(table) == ["default", "no stage 2"]
     stages = [
-        json.loads(file.read_text())["stage"] for file in (tmp_path / "out" / "trained").glob("*/recipe.json")
+        json.loads(file.read_text())["stage"] for file in (tmp_path / "out" / "trained").glob("*/run.json")
     ]
     assert sorted(stages) == ["align", "finetune"]  # both variants begin with the same stage 1
     assert (tmp_path / "out" / "ablations.md").read_text().count("\n") == 4

@@ -1,7 +1,6 @@
 """Both stages end to end on a tiny LLM and a tiny diffusion model: what moves, what does not, and resuming."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from minigpt5_core.weights import load_mapper
 from trainer import align, finetune
 from trainer.align import AlignRecipe, train_align
 from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.stage import Run
+from trainer.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -164,14 +163,14 @@ def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_re
     run(tmp_path / "whole")
     plain = Run.save_state
 
-    def save_and_stop(self, step):
-        plain(self, step)
+    def save_and_stop(self, step, loss):
+        plain(self, step, loss)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Run, "save_state", save_and_stop)
         run(tmp_path / "parts")
-    assert json.loads((tmp_path / "parts" / "state" / "step.json").read_text()) == {"step": 2}
+    assert [state.name for state in (tmp_path / "parts" / "states").iterdir()] == ["step_000002"]
     run(tmp_path / "parts", resume=True)
     for file in ("mapper.safetensors", "adapter/adapter_model.safetensors"):
         whole, parts = (load_file(tmp_path / out / file) for out in ("whole", "parts"))

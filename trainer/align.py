@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
@@ -26,20 +25,18 @@ from .contexts import ContextCache, Passage, block_states, caption_passage, stor
 from .data.formats import read
 from .data.records import Record
 from .examples import RecordSource, Shown, shown
+from .run import Run, optimise, start_accelerator, train
 from .sequences import story_losses, story_sequence
 from .stage import (
     PictureLosses,
-    Run,
     StageRecipe,
     Targets,
     Trained,
     earlier_mapper,
     load_diffusion,
     new_mapper,
-    optimise,
     picture_latents,
     step_generator,
-    train,
 )
 from .storybook.diffusion import PREVIEW
 from .storybook.stories import stories, training_state
@@ -113,7 +110,7 @@ def train_align(
     `start_from` goes on from an earlier run's weights; a LoRA among them stays as it is.
     """
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = start_accelerator(recipe, out)
     run = Run(recipe, out, "align", accelerator, resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, recipe.vokens, device=accelerator.device)

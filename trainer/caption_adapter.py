@@ -23,8 +23,9 @@ from minigpt5_core.prompts import Turn, chat_text
 
 from .adapters import save_adapter, trainable
 from .progress import Progress, interrupts
+from .run import optimise
 from .sequences import story_sequence, text_losses
-from .stage import optimise, step_generator
+from .stage import step_generator
 from .storybook.stories import TrueScene, stories
 
 OPEN, CLOSE = "\n(", ")"
@@ -81,7 +82,7 @@ def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
             if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
                 save_adapter(adapted, folder, out / "adapter")
             if interrupted:
-                raise KeyboardInterrupt
+                raise interrupted[0]
     return adapted
 
 

@@ -11,11 +11,13 @@
     data check PATH      read a data set of yours, and say what is in it and what is broken
     data export PATH     write the storybook's stories in any of the formats, to see how one looks
     evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
+    ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
     ablate               short trainings with one thing changed, each measured
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
 
-Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted (with the work saved).
+Exit codes: 0 done, or ended by SIGTERM with the work saved; 1 a check failed, or a run could not go on; 2 bad input;
+130 interrupted (with the work saved).
 """
 
 import argparse
@@ -24,6 +26,9 @@ import sys
 from pathlib import Path
 
 from minigpt5_core.errors import BadInputError
+
+from .ab.cli import run as run_ab
+from .progress import Terminated, TrainingError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,7 +227,10 @@ DATA = {"check": _data_check, "export": _data_export}
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    if given[:1] == ["ab"]:
+        return run_ab(given[1:])
+    arguments = _parser().parse_args(given)
     try:
         if arguments.command == "data":
             return DATA[arguments.action](arguments)
@@ -230,5 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except Terminated:
+        return 0  # it was asked to end, and has saved its work
     except KeyboardInterrupt:
         return 130

@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import get_cosine_schedule_with_warmup
 
@@ -24,21 +23,19 @@ from .adapters import adapt, trainable, voken_tables, with_prefix
 from .data.formats import read
 from .data.records import Record
 from .examples import RecordSource, Source, StorybookSource, shown
+from .run import Run, optimise, start_accelerator, train
 from .sequences import story_losses, story_sequence, text_losses
 from .showing import questions
 from .stage import (
     PictureLosses,
-    Run,
     StageRecipe,
     Targets,
     Trained,
     earlier_mapper,
     load_diffusion,
     new_mapper,
-    optimise,
     picture_latents,
     step_generator,
-    train,
 )
 from .storybook.stories import stories, training_state
 
@@ -123,7 +120,7 @@ def train_finetune(
 ) -> tuple[FrozenLLM, Mapper]:
     """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = start_accelerator(recipe, out)
     run = Run(recipe, out, "finetune", accelerator, resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, recipe.vokens, device=accelerator.device)

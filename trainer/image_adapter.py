@@ -35,10 +35,11 @@ from minigpt5_core.vision import (
 )
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
 
+from .explain import package_version
 from .progress import Progress, interrupts
 from .sequences import story_losses, story_sequence, text_losses
 from .showing import caption_turns, questions, shown_turns, soft_pictures, told_scenes
-from .stage import Targets, code_version, load_diffusion
+from .stage import Targets, load_diffusion
 from .storybook.render import render
 from .storybook.stories import held_out_state, stories, training_state
 from .storybook.world import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
@@ -90,7 +91,7 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
         "steps": steps,
         "seed": recipe.seed,
         "data": "storybook",
-        "code": code_version(),
+        "code": package_version("minigpt5"),
     } | ({"from": earlier} if earlier else {})
     header = ImageAdapterHeader(folder.name, llm.width, hash_weights(folder), trained)
 
@@ -199,7 +200,7 @@ def _optimise(
             if step % save_every == 0 or step == steps or interrupted:
                 save()
             if interrupted:
-                raise KeyboardInterrupt
+                raise interrupted[0]
 
 
 def read_caption(text: str) -> State | None:

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
@@ -26,22 +25,20 @@ from minigpt5_core.prompts import Turn
 
 from .align import caption_states
 from .examples import Shown, shown, some_shown
+from .run import Run, optimise, start_accelerator, train
 from .sequences import story_losses, story_sequence
 from .showing import told_scenes
 from .stage import (
     PictureLosses,
-    Run,
     StageRecipe,
     Targets,
     Trained,
     earlier_mapper,
     load_diffusion,
     new_mapper,
-    optimise,
     picture_latents,
     scale_to,
     step_generator,
-    train,
 )
 from .storybook.stories import stories
 
@@ -98,7 +95,7 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
             "first steps would have no loss. Set image_weight=1 and image_from=0, or caption_weight above 0."
         )
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = start_accelerator(recipe, out)
     run = Run(recipe, out, "mapper", accelerator, resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_adapter(load_llm(folder, recipe.vokens, device=accelerator.device), start_from / "adapter")

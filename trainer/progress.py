@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Progress:
-    """Prints a line every `every` seconds: step, losses (running mean since the last line), samples/s, time left."""
+    """Prints a line every `every` seconds: step, losses (mean since the last line), samples/s, time left, memory."""
 
     def __init__(self, steps: int, every: float = 15.0, start: int = 0) -> None:
         self.steps, self.every, self.first = steps, every, start
@@ -30,10 +30,21 @@ class Progress:
         left = elapsed / max(1, step - self.first) * (self.steps - step)
         terms = "  ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
         print(
-            f"step {step}/{self.steps}  {terms}  {self.samples / elapsed:.1f} samples/s  {left / 60:.1f} min left",
+            f"step {step}/{self.steps}  {terms}  {self.samples / elapsed:.1f} samples/s  {left / 60:.1f} min left  "
+            f"{memory():.1f} GB",
             flush=True,
         )
         self.printed, self.sums, self.count = now, {}, 0
+
+
+def memory() -> float:
+    """GB that this process holds: on the GPU where there is one, else of the machine's memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
 
 
 def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
@@ -46,12 +57,25 @@ def grid(pictures: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
+class TrainingError(Exception):
+    """A run that cannot go on: what happened, what is safe, and how to mend it."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came; what there is was saved."""
+
+
 @contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """While this lasts, Ctrl-C only makes the list true, so that a step is never cut in half."""
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+def interrupts() -> Iterator[list[BaseException]]:
+    """While this lasts, Ctrl-C and SIGTERM only put what to raise into the list, so that no step is cut in half."""
+    caught: list[BaseException] = []
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    before = {
+        number: signal.signal(number, lambda number, frame: caught.append(kinds[signal.Signals(number)]()))
+        for number in kinds
+    }
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,21 +1,13 @@
 """What both stages share: the mapper and its targets, the losses, the run folder."""
 
-import json
-import os
 import random
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from minigpt5_core.conditioning import SPACES, Space
 from minigpt5_core.errors import BadInputError
@@ -29,13 +21,11 @@ from minigpt5_core.losses import (
     target_statistics,
 )
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
-from minigpt5_core.weights import MapperHeader, hash_weights, load_mapper, save_mapper
+from minigpt5_core.weights import load_mapper
 
-from .adapters import save_adapter
 from .data.stream import Stream
 from .data.tasks import Task
 from .examples import Shown, fitted
-from .progress import Progress, grid, interrupts
 from .recipe import build_recipe
 from .storybook.autoencoder import encode_pictures
 from .storybook.diffusion import encode_texts
@@ -51,6 +41,9 @@ class StageRecipe:
 
     `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
     (empty: the storybook's world), `tasks` how often each task is drawn and with which wordings.
+
+    Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
+    "tensorboard", "wandb" or empty.
     """
 
     llm: str = ""
@@ -77,12 +70,14 @@ class StageRecipe:
     tasks: dict = field(default_factory=dict)
     preview_every: int = 200
     save_every: int = 200
+    keep: int = 2
+    tracker: str = "tensorboard"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.caption_target not in ("standardised", "raw"):
             raise BadInputError(f"caption_target is {self.caption_target!r}; it can be standardised or raw.")
-        for name in ("steps", "batch", "vokens", "tokens", "preview_every", "save_every"):
+        for name in ("steps", "batch", "vokens", "tokens", "preview_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
 
@@ -224,117 +219,6 @@ class PictureLosses:
         )
 
 
-class Run:
-    """A run's folder: state to resume from, previews, and at the end `mapper.safetensors` and `adapter/`."""
-
-    def __init__(
-        self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator, resume: bool
-    ) -> None:
-        self.recipe, self.out, self.stage, self.accelerator = recipe, out, stage, accelerator
-        if out.is_file() or any(parent.is_file() for parent in out.parents):
-            raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume:  # or a later --resume would go on from another run
-            shutil.rmtree(out / "state", ignore_errors=True)
-        (out / "recipe.json").write_text(json.dumps({"stage": stage, **asdict(recipe)}, indent=1) + "\n")
-
-    def resume(self) -> int:
-        """Loads the newest state; returns the step it was saved at."""
-        state = self.out / "state"
-        if not (state / "step.json").is_file():
-            raise BadInputError(
-                f"--resume: {self.out} holds no saved state. Leave --resume out to start anew."
-            )
-        self.accelerator.load_state(str(state))
-        return json.loads((state / "step.json").read_text())["step"]
-
-    def save_state(self, step: int) -> None:
-        """Writes the whole state beside the old one and moves it into place."""
-        fresh, old = self.out / "state.new", self.out / "state"
-        shutil.rmtree(fresh, ignore_errors=True)
-        self.accelerator.save_state(str(fresh))
-        (fresh / "step.json").write_text(json.dumps({"step": step}))
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(fresh, old)
-
-    def save_result(
-        self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
-    ) -> None:
-        """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
-        save_adapter(adapted, llm_folder, self.out / "adapter")
-        self.save_mapper(mapper, llm_folder, step, **notes)
-
-    def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
-        """Writes `mapper.safetensors` alone."""
-        trained = {
-            "stage": self.stage,
-            "steps": step,
-            "seed": self.recipe.seed,
-            "code": code_version(),
-            **notes,
-        }
-        header = MapperHeader(
-            recipe_space(self.recipe),
-            llm_folder.name,
-            mapper.config.llm_width,
-            hash_weights(llm_folder),
-            trained,
-        )
-        save_mapper(self.out / "mapper.safetensors", mapper, header)
-
-    @torch.no_grad()
-    def preview(
-        self, step: int, pipeline: StableDiffusionPipeline, conditioning: Tensor, negative: Tensor
-    ) -> None:
-        """Draws fixed prompts: (B, T, C) conditioning and the (1, T, C) negative."""
-        pictures = pipeline(
-            prompt_embeds=conditioning,
-            negative_prompt_embeds=negative.expand(len(conditioning), -1, -1),
-            num_inference_steps=15,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(0),
-        ).images
-        grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
-
-
-def code_version() -> str:
-    """The version of this package."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("minigpt5")
-    except PackageNotFoundError:
-        return "unknown"
-
-
 def step_generator(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
     """Random numbers of one step, the same whether the run was resumed or not."""
     return random.Random(f"{seed}/{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def optimise(
-    accelerator: Accelerator, trained: nn.Module, optimizer: Optimizer, schedule: LRScheduler, loss: Tensor
-) -> None:
-    """One step of the optimiser down `loss`, its gradient clipped to length 1."""
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(trained.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def train(
-    run: Run, start: int, one_step: Callable[[int], dict[str, float]], save: Callable[[int], None]
-) -> None:
-    """The loop of both stages: step, report, save every so often. Ctrl-C ends the step, saves and is passed on."""
-    recipe = run.recipe
-    progress = Progress(recipe.steps, start=start)
-    with interrupts() as interrupted:
-        for step in range(start + 1, recipe.steps + 1):
-            progress.update(step, recipe.batch, **one_step(step))
-            if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
-                run.save_state(step)
-            if interrupted:
-                print(f"interrupted: the state after step {step} is in {run.out}; go on with --resume")
-                raise KeyboardInterrupt
-    save(recipe.steps)

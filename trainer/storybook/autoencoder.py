@@ -129,7 +129,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
             if step % 500 == 0 or step == recipe.steps or interrupted:
                 save_autoencoder(model, out)
             if interrupted:
-                raise KeyboardInterrupt
+                raise interrupted[0]
     print(f"autoencoder: {psnr(model):.2f} dB on fresh scenes, in {out}")
 
 

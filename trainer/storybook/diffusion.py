@@ -242,7 +242,7 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
             if step % 400 == 0 or step == recipe.steps or interrupted:
                 save_pipeline(pipeline, average, out)
             if interrupted:
-                raise KeyboardInterrupt
+                raise interrupted[0]
 
 
 def noise_loss(

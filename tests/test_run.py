@@ -1,0 +1,167 @@
+"""What a training run keeps, and how it ends: interrupted, killed, out of disk, out of numbers."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer import align
+from trainer.align import AlignRecipe, train_align
+from trainer.cli import main
+from trainer.explain import fingerprint, running_mean
+from trainer.progress import Progress, Terminated, TrainingError, interrupts
+from trainer.run import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def recipe(tiny_llm_folder, tiny_diffusion_folder):
+    return AlignRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=8, steps=6, batch=2, image_weight=0.0,
+        preview_every=100, save_every=1, keep=2,
+    )  # fmt: skip
+
+
+def states(out):
+    return sorted(state.name for state in (out / "states").iterdir())
+
+
+def same(first, second):
+    for name in ("mapper.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(out / name) for out in (first, second))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_a_finished_run_explains_itself(recipe, tmp_path):
+    train_align(recipe, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and {"caption", "text"} < set(lines[0])
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["stage"] == "align" and described["recipe"]["steps"] == 6
+    assert described["versions"]["torch"] == torch.__version__ and described["data"]["name"] == "storybook"
+    text = (tmp_path / "README.md").read_text()
+    assert f"| caption | {lines[-1]['caption']:.4f} |" in text and "Steps: 6, seed 0" in text
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+    assert any((tmp_path / "tensorboard").rglob("events.*"))
+
+
+def test_the_newest_states_and_the_best_one_are_kept(recipe, tmp_path, monkeypatch):
+    losses = iter((3.0, 1.0, 5.0, 4.0, 3.0, 2.0))
+    plain = Run.save_state
+    monkeypatch.setattr(Run, "save_state", lambda self, step, loss: plain(self, step, next(losses)))
+    train_align(recipe, tmp_path)
+    assert states(tmp_path) == ["step_000002", "step_000005", "step_000006"]
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_state_before(recipe, tmp_path, monkeypatch, capsys):
+    from accelerate import Accelerator
+
+    train_align(recipe, tmp_path / "whole")
+    plain = Accelerator.save_state
+
+    def full(self, folder, **options):
+        plain(self, folder, **options)
+        if "step_000003" in states(tmp_path / "run"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(TrainingError, match="No space left.*step 3 is safe.*--resume"),
+    ):
+        patched.setattr(Accelerator, "save_state", full)
+        train_align(recipe, tmp_path / "run")
+    assert states(tmp_path / "run") == ["step_000002", "step_000003"]
+    train_align(recipe, tmp_path / "run", resume=True)
+    same(tmp_path / "whole", tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # the lost step is there once
+
+
+def test_a_loss_that_is_no_number_changes_nothing_and_says_what_is_safe(recipe, tmp_path, monkeypatch):
+    plain, calls = align.PictureLosses.__call__, []
+
+    def broken(self, *given):
+        calls.append(1)
+        losses = plain(self, *given)
+        return {**losses, "caption": losses["caption"] * (float("nan") if len(calls) == 4 else 1)}
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(TrainingError, match="step 4: the loss is nan.*after step 3"),
+    ):
+        patched.setattr(align.PictureLosses, "__call__", broken)
+        train_align(recipe, tmp_path / "run")
+    train_align(recipe, tmp_path / "run", resume=True)
+    train_align(recipe, tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_run_that_cannot_go_on_ends_with_1(monkeypatch, tmp_path, capsys):
+    def stop(*given):
+        raise TrainingError("step 4: the loss is nan")
+
+    monkeypatch.setattr(align, "train_align", stop)
+    assert main(["align", "--out", str(tmp_path)]) == 1
+    assert "stopped: step 4: the loss is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_signal_waits_for_the_end_of_the_step(number, kind):
+    with interrupts() as caught:
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert [type(one) for one in caught] == [kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_a_stopped_process_goes_on_as_if_nothing_had_been(recipe, tmp_path, number, code):
+    """The real command: stopped after its second step, resumed, and compared with one that ran through."""
+    recipe = replace(recipe, steps=15)
+    named = ("llm", "diffusion", "captions", "steps", "batch", "image_weight", "save_every")
+    settings = [f"--set={name}={getattr(recipe, name)}" for name in named]
+    command = [sys.executable, "-m", "trainer", "align", "--out", str(tmp_path / "run"), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "states" / "step_000002" / "step.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    errors = process.communicate(timeout=240)[1]
+    assert process.returncode == code, errors
+    assert not (tmp_path / "run" / "mapper.safetensors").exists()
+    assert main([*command[3:], "--resume"]) == 0
+    train_align(recipe, tmp_path / "whole")
+    same(tmp_path / "whole", tmp_path / "run")
+
+
+def test_the_progress_line_says_memory(capsys):
+    Progress(1).update(1, 4, caption=0.5)
+    line = capsys.readouterr().out
+    assert "caption 0.5000" in line and 0.05 < float(line.rsplit(" ", 2)[-2]) < 500 and line.endswith("GB\n")
+
+
+def test_a_data_sets_fingerprint_is_of_names_sizes_and_contents(tmp_path):
+    (tmp_path / "a.tsv").write_text("one")
+    first = fingerprint(tmp_path)
+    assert first == fingerprint(tmp_path) and len(first) == 16
+    (tmp_path / "a.tsv").write_text("two")
+    assert fingerprint(tmp_path) != first
+    assert fingerprint(tmp_path / "gone") == ""
+
+
+def test_a_running_mean_begins_at_the_first_value():
+    assert running_mean([2.0, 4.0], rate=0.5) == [2.0, 3.0]

@@ -1,0 +1,227 @@
+"""A training run's folder and its loop: states to go on from, what people watch meanwhile, and what explains it later.
+
+states/step_000200/   weights, optimiser, schedule, place in the data, random states; the newest few and the best
+metrics.jsonl         every step's losses; losses.png shows them; tensorboard/ has them too
+run.json              recipe, versions, commit, what the data was
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.mapper import Mapper
+from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
+
+from .adapters import save_adapter
+from .explain import card, describe, plot_losses
+from .progress import Progress, TrainingError, grid, interrupts
+from .stage import StageRecipe, recipe_space
+
+
+def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
+    """On whatever devices there are, with the recipe's tracker; one that is not installed is said and left out."""
+    tracker = recipe.tracker or None
+    if tracker and not find_spec(tracker):
+        print(
+            f"{tracker} is not installed: pip install {tracker}. metrics.jsonl and losses.png are written without it."
+        )
+        tracker = None
+    cpu = not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, log_with=tracker, project_dir=str(out))
+
+
+class Run:
+    """A run's folder: states to resume from, previews, and at the end `mapper.safetensors` and `adapter/`."""
+
+    def __init__(
+        self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator, resume: bool
+    ) -> None:
+        self.recipe, self.out, self.stage, self.accelerator = recipe, out, stage, accelerator
+        self.states = out / "states"
+        if out.is_file() or any(parent.is_file() for parent in out.parents):
+            raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:  # or a later --resume would go on from another run
+            shutil.rmtree(self.states, ignore_errors=True)
+            (out / "metrics.jsonl").unlink(missing_ok=True)
+        (out / "run.json").write_text(json.dumps(describe(recipe, stage), indent=1) + "\n", encoding="utf-8")
+        accelerator.init_trackers("tensorboard", config=_flat(asdict(recipe)))
+
+    def resume(self) -> int:
+        """Loads the newest state; returns the step it was saved at."""
+        kept = self.kept()
+        if not kept:
+            raise BadInputError(
+                f"--resume: {self.out} holds no saved state. Leave --resume out to start anew."
+            )
+        step = max(kept)
+        self.accelerator.load_state(str(self._state(step)))
+        lines = self.metrics()
+        text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+        (self.out / "metrics.jsonl").write_text(text)
+        return step
+
+    def kept(self) -> dict[int, float]:
+        """The states there are: the mean loss before each, by step."""
+        found = {}
+        for file in self.states.glob("step_*/step.json"):  # written last
+            values = json.loads(file.read_text())
+            found[values["step"]] = values["loss"]
+        return found
+
+    def _state(self, step: int) -> Path:
+        return self.states / f"step_{step:06d}"
+
+    def save_state(self, step: int, loss: float = math.inf) -> None:
+        """Writes the whole state beside its place and moves it there; then drops all but the newest few and the best.
+
+        TrainingError where it cannot be written, such as on a full disk; states from before stay as they are.
+        """
+        fresh = self.states / "fresh.tmp"
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            self.accelerator.save_state(str(fresh))
+            (fresh / "step.json").write_text(json.dumps({"step": step, "loss": loss}))
+            shutil.rmtree(self._state(step), ignore_errors=True)
+            os.replace(fresh, self._state(step))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise TrainingError(
+                f"step {step}: the state could not be written ({error}). {self.safe()} Make room, then --resume."
+            ) from error
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        kept = self.kept()
+        best = min(kept, key=lambda step: kept[step])
+        for step in sorted(kept)[: -self.recipe.keep]:
+            if step != best:
+                shutil.rmtree(self._state(step), ignore_errors=True)
+
+    def safe(self) -> str:
+        """What is safe if the run stops now."""
+        kept = self.kept()
+        if not kept:
+            return f"Nothing is saved yet in {self.out}."
+        return f"The state after step {max(kept)} is safe in {self.states}."
+
+    def log(self, step: int, losses: dict[str, float]) -> None:
+        """Keeps a step's losses."""
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **losses}) + "\n")
+        self.accelerator.log(losses, step=step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All steps' losses so far."""
+        file = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def save_result(
+        self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
+    ) -> None:
+        """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
+        save_adapter(adapted, llm_folder, self.out / "adapter")
+        self.save_mapper(mapper, llm_folder, step, **notes)
+
+    def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
+        """Writes `mapper.safetensors` alone, and the run's model card."""
+        description = describe(self.recipe, self.stage)
+        trained = {
+            "stage": self.stage,
+            "steps": step,
+            "seed": self.recipe.seed,
+            "code": description["versions"]["minigpt5"],
+            **notes,
+        }
+        header = MapperHeader(
+            recipe_space(self.recipe),
+            llm_folder.name,
+            mapper.config.llm_width,
+            hash_weights(llm_folder),
+            trained,
+        )
+        (self.out / "README.md").write_text(card(description, self.metrics()), encoding="utf-8")
+        save_mapper(self.out / "mapper.safetensors", mapper, header)
+
+    @torch.no_grad()
+    def preview(
+        self, step: int, pipeline: StableDiffusionPipeline, conditioning: Tensor, negative: Tensor
+    ) -> None:
+        """Draws fixed prompts: (B, T, C) conditioning and the (1, T, C) negative."""
+        pictures = pipeline(
+            prompt_embeds=conditioning,
+            negative_prompt_embeds=negative.expand(len(conditioning), -1, -1),
+            num_inference_steps=15,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+        ).images
+        grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker can show: the rest as text."""
+    return {
+        name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()
+    }
+
+
+def optimise(
+    accelerator: Accelerator, trained: nn.Module, optimizer: Optimizer, schedule: LRScheduler, loss: Tensor
+) -> None:
+    """One step of the optimiser down `loss`, its gradient clipped to length 1; TrainingError, and no step, for NaN."""
+    if not torch.isfinite(loss):
+        raise TrainingError(f"the loss is {loss.item()}")
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(trained.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def train(
+    run: Run, start: int, one_step: Callable[[int], dict[str, float]], save: Callable[[int], None]
+) -> None:
+    """The loop of all stages: step, report, save every so often.
+
+    Ctrl-C and SIGTERM end the step, save, and are passed on as KeyboardInterrupt and Terminated.
+    """
+    recipe = run.recipe
+    progress = Progress(recipe.steps, start=start)
+    since: list[float] = []  # the last save
+    with interrupts() as interrupted:
+        for step in range(start + 1, recipe.steps + 1):
+            try:
+                losses = one_step(step)
+            except TrainingError as error:
+                raise TrainingError(
+                    f"step {step}: {error}. {run.safe()} Set lower rates (mapper_rate, row_rate, lora_rate) and go on "
+                    "from there with --resume."
+                ) from error
+            progress.update(step, recipe.batch, **losses)
+            run.log(step, losses)
+            since.append(sum(losses.values()))
+            if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
+                run.save_state(step, sum(since) / len(since))
+                plot_losses(run.metrics(), run.out / "losses.png")
+                since = []
+            if interrupted:
+                print(f"interrupted: {run.safe()} Go on with --resume.")
+                raise interrupted[0]
+    run.accelerator.end_training()
+    save(recipe.steps)
