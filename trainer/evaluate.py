@@ -80,7 +80,7 @@ class EvaluateRecipe:
 def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
     """Draws, measures, writes `report.json`, the report's page and `pictures/` into `out`; returns the report.
 
-    Started by `torchrun` or `accelerate launch`, each process draws its share of the stories. What an earlier, broken-off call drew
+    Started by `torchrun`, each process draws its share of the stories. What an earlier, broken-off call drew
     with the same settings and weights is not drawn again.
     """
     processes = PartialState(cpu=not torch.cuda.is_available())

@@ -119,7 +119,9 @@ def captioned(teller: StoryTeller, drawing: Drawing, llm: FrozenLLM) -> Row:
             reply = generate(llm, [caption_prompt(llm, told, scene)], CAPTIONING, [0], cache)[0]
             told.append(Turn(scene.request, f"{scene.text}{OPEN}{reply.text}{CLOSE}", picture=False))
             picture = draw_prompt(teller, drawing, reply.text, seed + index)
-            yield Drawn(picture, len(reply.ids), time.perf_counter() - began)
+            # the bracket is the caption's mark as [IMG0] is the picture's: both are emitted where nobody forces them
+            tokens = len(llm.encode(OPEN)) + len(reply.ids)
+            yield Drawn(picture, tokens, time.perf_counter() - began)
 
     return draw
 
