@@ -74,10 +74,9 @@ def story(record: Record, tools: Tools) -> Made | None:
 
 def picture_from_text(record: Record, tools: Tools) -> Made | None:
     """The scenes so far, and the next one's text: its picture is asked for."""
-    places = [i for i, scene in enumerate(record.scenes) if scene.picture and scene.text]
-    if not places:
+    index = _chosen(record, tools, first=0)
+    if index is None:
         return None
-    index = tools.chance.choice(places)
     scene = record.scenes[index]
     request = f"{tools.wording('Draw this scene:')} {scene.text}"
     return [*_history(record.scenes[:index], tools), Turn(request, "")], [scene]
@@ -85,20 +84,18 @@ def picture_from_text(record: Record, tools: Tools) -> Made | None:
 
 def text_and_picture(record: Record, tools: Tools) -> Made | None:
     """The scenes so far: the next one is asked for, text and picture."""
-    places = [i for i, scene in enumerate(record.scenes) if i and scene.picture and scene.text]
-    if not places:
+    index = _chosen(record, tools, first=1)
+    if index is None:
         return None
-    index = tools.chance.choice(places)
     scene = record.scenes[index]
     return [*_history(record.scenes[:index], tools), Turn(tools.wording(NEXT), scene.text)], [scene]
 
 
 def understanding(record: Record, tools: Tools) -> Made | None:
     """The scenes so far and the next one's picture: its text is asked for."""
-    places = [i for i, scene in enumerate(record.scenes) if i and scene.picture and scene.text]
-    if not places:
+    index = _chosen(record, tools, first=1)
+    if index is None:
         return None
-    index = tools.chance.choice(places)
     scene = record.scenes[index]
     assert scene.picture is not None
     looked = Turn(LOOK, "", picture=False, shown=tools.see(scene.picture))
@@ -125,6 +122,12 @@ def next_turn(record: Record, tools: Tools) -> Made | None:
             asked = f"{asked} {scene.text}".strip()
     turns.append(Turn(asked or tools.wording(NEXT), answer.text, picture=answer.picture is not None))
     return turns, [answer] if answer.picture else []
+
+
+def _chosen(record: Record, tools: Tools, first: int) -> int | None:
+    """One of the scenes with text and picture, from the `first` on."""
+    places = [i for i, scene in enumerate(record.scenes) if i >= first and scene.picture and scene.text]
+    return tools.chance.choice(places) if places else None
 
 
 def _history(scenes: Sequence[Scene], tools: Tools) -> list[Turn]:

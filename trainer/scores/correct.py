@@ -9,10 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from minigpt5_core.metrics import DRAWS, Interval
+from minigpt5_core.metrics import DRAWS, Interval, frechet_distance
 
 from .dialogue import Elements, relevance_by_story
-from .distances import cmmd, frechet_distance, inception_score, kernel_distance, resampled
+from .distances import cmmd, inception_score, kernel_distance, resampled
 from .encoded import Encoded
 from .pictures import cosines
 from .stories import Score, attempt, by_scene, by_story

@@ -15,25 +15,6 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Sets = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """FID on Inception's features (arXiv 1706.08500): |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)).
-
-    With C = R^T R, the last trace is the sum of the singular values of R1 R2^T: a matrix of at most N x M, which five
-    pictures in 2048 dimensions do not blur, as eigenvalues of C1 C2 do.
-    """
-    means = first.mean(0) - second.mean(0)
-    roots = [_covariance_root(features) for features in (first, second)]
-    spread = sum(float((root**2).sum()) for root in roots)
-    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    return float(means @ means + spread - 2 * shared)
-
-
-def _covariance_root(features: np.ndarray) -> np.ndarray:
-    """R (at most D rows, D), with R^T R the unbiased covariance."""
-    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
-    return np.asarray(np.linalg.qr(centred, mode="r")) if len(centred) > centred.shape[1] else centred
-
-
 def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
     """KID on Inception's features (arXiv 1801.01401): unbiased MMD^2, kernel (x y / D + 1)^3, all pictures."""
     return _mmd(first, second, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)

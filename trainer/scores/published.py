@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from minigpt5_core.metrics import frechet_distance
+
 from .correct import TOO_FEW, elements, pooled, shares
 from .dialogue import relevance_by_story
-from .distances import frechet_distance, inception_score, resampled
+from .distances import inception_score, resampled
 from .encoded import Encoded
 from .pictures import cosines
 from .stories import Score, attempt, by_scene, by_story, story_means
