@@ -498,7 +498,7 @@ def give(study: Study, folder: Path, given: dict[str, list[list[str]]]) -> None:
     answers = Answers(folder)
     for question, raters in given.items():
         for rater, winners in enumerate(raters):
-            for pair, winner in zip(study.pairs, winners, strict=False):
+            for pair, winner in zip(study.pairs[: len(winners)], winners, strict=True):
                 answers.save(Answer(f"rater {rater}", pair.name, question, choice_for(pair, winner)))
     answers.close()
 

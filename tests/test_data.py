@@ -106,6 +106,7 @@ BROKEN = {
         ("a dog\tgone.jpg", "picture gone.jpg is missing"),
         ("\tgone.jpg", "caption is ''"),
         ("a dog", "its picture is ''"),
+        ("a\tdog\tgone.jpg", "it has 3 columns, expected 2"),
     ],
     "mmdialog": [
         ("[]", "conversation_id"),

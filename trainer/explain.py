@@ -66,17 +66,17 @@ def _commit() -> str:
 
 
 def plot_losses(metrics: list[dict[str, float]], file: Path) -> None:
-    """Each loss over the steps, thin as it was and thick as a running mean."""
+    """Each loss over the steps, thin as it was and thick as a running mean; no file before the first step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = sorted({name for line in metrics for name in line if name != "step"})
-    figure, axes = pyplot.subplots(
-        1, max(1, len(names)), figsize=(5 * max(1, len(names)), 3.2), squeeze=False
-    )
-    for axis, name in zip(axes[0], names, strict=False):
+    if not names:
+        return
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.2), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
         steps = [line["step"] for line in metrics if name in line]
         values = [line[name] for line in metrics if name in line]
         axis.plot(steps, values, linewidth=0.5, alpha=0.4)

@@ -11,6 +11,7 @@ from minigpt5_core.pages import BACKGROUND, INK, MARGIN, draw_strip
 from minigpt5_core.story import Scene, Story
 
 from .gallery import Gallery
+from .page import page
 from .progress import grid
 
 SHOWN_STORIES = 8
@@ -45,7 +46,8 @@ def write_report(out: Path, report: dict, told: Sequence[Sequence[str]], caption
         *(_story(out, number, story, ["true", *report["rows"]]) for number, story in shown),
         _captions(out, captions),
     ]
-    (out / "report.html").write_text(_PAGE.format(style=_STYLE, body="\n".join(parts)), encoding="utf-8")
+    html = page("Vokens beside the two-stage pipeline", "\n".join(parts), _STYLE)
+    (out / "report.html").write_text(html, encoding="utf-8")
     (out / "report.md").write_text(as_markdown(report["rows"]), encoding="utf-8")
     _write_csv(out / "report.csv", report["rows"])
     if all(name in report["rows"] for name in WAYS):
@@ -218,26 +220,7 @@ def _strips(texts: Sequence[str], files: dict[str, str]) -> str:
     return f"<div class=wide><table class=story><tr><th></th>{heads}</tr>{''.join(strips)}</table></div>"
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Vokens beside the two-stage pipeline</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
 _STYLE = """
-:root { color-scheme: light dark; --line: #8885; --bar: #4a90c2; }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; font-size: 12px; } svg text { fill: currentColor; } svg rect { fill: var(--bar); }

@@ -10,6 +10,7 @@ from pathlib import Path
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.metrics import Interval
 
+from ..page import page
 from .answers import Answer, read_answers
 from .preference import Preference, Strength, prefer
 from .study import ANSWERS, QUESTIONS, Study, load_study
@@ -79,7 +80,8 @@ def as_html(study: Study, preferences: Mapping[str, Preference], raters: int) ->
         "found. Krippendorff's alpha is how far raters agree on the same pairs: 1 fully, 0 as by chance. Nominal: any "
         "two different answers disagree alike. Ordinal: left against right disagrees more than left against tie.</p>",
     ]
-    return _PAGE.format(title=f"{a} beside {b}", style=_STYLE, body="\n".join(parts))
+    title = f"{study.systems['a']} beside {study.systems['b']}"
+    return page(title, "\n".join(parts), _STYLE)
 
 
 def _check_known(study: Study, answers: list[Answer], folder: Path) -> None:
@@ -166,26 +168,8 @@ def _strength(strength: Strength, score: Interval) -> str:
     return f"{mean}<br><small>{low} to {high}</small>"
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
 _STYLE = """
-:root { color-scheme: light dark; --line: #8885; }
-body { font: 15px/1.45 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; vertical-align: top; }
+body { max-width: 60rem; }
 td { white-space: nowrap; }
 figure { margin: 0.8rem 0; max-width: 40rem; } figcaption { font-weight: 600; }
 svg { width: 100%; font-size: 15px; }

@@ -117,19 +117,24 @@ def _check_item(item: Any) -> None:
 
 def read_cc3m(path: Path) -> Iterator[Row]:
     """A tab-separated file with the columns `caption` and `image_path`."""
-    for where, row in _columns(path, ("caption", "image_path"), "\t"):
-        yield _row(where, _captioned, path.parent, row["image_path"], row["caption"])
-
-
-def _columns(path: Path, wanted: tuple[str, ...], delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """(where, row) of a table with a head; captions hold quotation marks as they are."""
     lines = _lines(path)
-    head = next(lines, ("", ""))[1].rstrip("\r\n").split(delimiter)
-    if missing := [name for name in wanted if name not in head]:
+    head = _cells(next(lines, ("", ""))[1])
+    if missing := [name for name in ("caption", "image_path") if name not in head]:
         raise BadInputError(f"{path}: its first line is {head}, and has no column {', '.join(missing)}.")
     for where, line in lines:
-        cells = line.rstrip("\r\n").split(delimiter)
-        yield where, dict(zip(head, cells + [""] * (len(head) - len(cells)), strict=False))
+        yield _row(where, _table_row, path.parent, head, _cells(line))
+
+
+def _cells(line: str) -> list[str]:
+    """Captions hold quotation marks as they are."""
+    return line.rstrip("\r\n").split("\t")
+
+
+def _table_row(folder: Path, head: list[str], cells: list[str], where: str) -> Record:
+    if len(cells) > len(head):  # a tab inside a caption would move the picture's name
+        raise _Trouble(f"it has {len(cells)} columns, expected {len(head)}")
+    row = dict(zip(head, cells + [""] * (len(head) - len(cells)), strict=True))
+    return _captioned(folder, row["image_path"], row["caption"], where)
 
 
 def _captioned(folder: Path, name: Any, caption: Any, where: str) -> Record:
