@@ -251,6 +251,14 @@ def test_a_data_set_is_evaluated_into_the_same_kind_of_report(small, tmp_path, w
     assert len(told) == 2 and all(isinstance(story, Record) for story in told)
 
 
+def test_rows_that_a_data_set_cannot_have_are_named(small, tmp_path):
+    path = export_stories("vist", 1, 4, tmp_path / "data")
+    with pytest.raises(
+        BadInputError, match="vokens_reference need the storybook's world. On data: vokens, two_stage"
+    ):
+        evaluate(replace(small, data=str(path), format="vist", rows=("vokens_reference",)), tmp_path / "out")
+
+
 def test_the_command_line_names_data_format_and_systems(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(evaluation, "evaluate", lambda recipe, out: given.append(recipe))

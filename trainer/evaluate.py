@@ -22,6 +22,7 @@ from minigpt5_core.pipeline import STORYBOOK, Parts, StoryTeller, load
 from minigpt5_core.weights import hash_weights, load_mapper
 
 from .evaluate_data import chapters, held_records, score_systems, systems, true_pictures
+from .explain import fingerprint as data_fingerprint
 from .gallery import Gallery, draw_missing, fingerprint, write_stories
 from .measure import features_of, measure, single_facts, summarise
 from .report import write_report
@@ -111,6 +112,10 @@ def _evaluate_data(recipe: EvaluateRecipe, out: Path, processes: PartialState) -
     sampling = Sampling(temperature=0.0, max_new_tokens=recipe.max_new_tokens)
     known = systems(teller, _drawing(recipe), sampling, recipe.write)
     ways = {name: way for name, way in known.items() if name in recipe.rows}
+    if not ways:
+        raise BadInputError(
+            f"rows: {', '.join(recipe.rows)} need the storybook's world. On data: {', '.join(known)}."
+        )
     galleries = {name: _gallery(recipe, out, name) for name in ways}
     share = slice(processes.process_index, None, processes.num_processes)
     draw_missing(list(enumerate(stories))[share], 1000 * recipe.seed, 1000, ways, galleries)
@@ -208,6 +213,8 @@ def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> G
         _path(recipe.diffusion) or STORYBOOK / "diffusers",
         _path(recipe.image_adapter) or STORYBOOK / "LLM",
     ]
+    if recipe.data:
+        settings["data"] = data_fingerprint(Path(recipe.data))
     settings["llm"] = hash_weights(_path(recipe.llm) or default_llm())
     own = {"vokens_reference": recipe.reference_mapper, "two_stage_caption": recipe.caption_adapter}
     if name in own:

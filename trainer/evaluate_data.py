@@ -62,9 +62,10 @@ def held_records(path: Path, layout: str, count: int) -> list[Record]:
 
 def _usable(record: Record) -> bool:
     try:
-        return bool([picture.open() for picture in record.pictures])
+        pictures = [picture.open() for picture in record.pictures]
     except BrokenPicture:
         return False
+    return bool(pictures) and any(scene.picture and scene.speaker == "assistant" for scene in record.scenes)
 
 
 def chapters(teller: StoryTeller, record: Record) -> list[Chapter]:
