@@ -55,10 +55,17 @@ def compute_snr(alphas_cumprod: Tensor, timesteps: Tensor) -> Tensor:
     return signal / (1 - signal)
 
 
-def diffusion_loss(prediction: Tensor, noise: Tensor, snr: Tensor, gamma: float = 5.0) -> Tensor:
-    """Squared error of the predicted noise, (B, ...), each sample weighted by min(snr, gamma) / snr; snr is (B,)."""
-    errors = (prediction.float() - noise.float()).square().flatten(1).mean(1)
-    return (errors * (gamma / snr).clamp(max=1)).mean()
+def diffusion_loss(
+    prediction: Tensor, target: Tensor, snr: Tensor, gamma: float = 5.0, velocity: bool = False
+) -> Tensor:
+    """Squared error of the predicted noise, (B, ...), each sample weighted by min(snr, gamma) / snr; snr is (B,).
+
+    A velocity's error is (snr + 1) / snr times that of the noise it implies, so its weight is min(snr, gamma) /
+    (snr + 1) (arXiv 2303.09556, appendix).
+    """
+    errors = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    weights = snr.clamp(max=gamma) / (snr + 1) if velocity else (gamma / snr).clamp(max=1)
+    return (errors * weights).mean()
 
 
 def caption_loss(answer: Tensor, target: Tensor, deviation: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ def gather_voken_states(hidden: Tensor, starts: list[tuple[int, int]], count: in
 
     `starts` holds (row, position of [IMG0]) for every block; a position is at least 1.
     """
-    rows = torch.tensor([row for row, _ in starts], device=hidden.device)
-    first = torch.tensor([start - 1 for _, start in starts], device=hidden.device)
+    rows = torch.tensor([row for row, _ in starts], dtype=torch.long, device=hidden.device)
+    first = torch.tensor([start - 1 for _, start in starts], dtype=torch.long, device=hidden.device)
     positions = first[:, None] + torch.arange(count, device=hidden.device)
     return hidden[rows[:, None], positions]

@@ -99,7 +99,7 @@ def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("diffusion") / "tiny"
     recipe = StorybookDiffusionRecipe(
-        AutoencoderRecipe(steps=2, batch=2),
+        AutoencoderRecipe(width=8, steps=2, batch=2),
         DiffusionRecipe(scenes=8, steps=2, batch=2, block_out_channels=(32, 32), text_layers=1),
     )
     train_storybook_diffusion(recipe, folder)

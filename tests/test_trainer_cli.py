@@ -26,7 +26,7 @@ def test_help_answers_in_under_a_second_without_torch():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["align", "--set", "stepz=3"], "unknown key 'stepz'. Valid keys: batch"),
+        (["align", "--set", "stepz=3"], "unknown key 'stepz'. Valid keys: accumulation, batch"),
         (["finetune", "--set", "steps"], "has no '='"),
         (["align", "--recipe", "none.toml"], "cannot be read"),
         (["storybook", "--set", "split=dev"], "split is 'dev'; it can be train or test"),

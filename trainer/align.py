@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
@@ -21,22 +21,22 @@ from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn
 
 from .adapters import adapt, trainable, with_voken_rows
-from .contexts import ContextCache, Passage, block_states, caption_passage, story_passage
+from .backbone import Targets, load_backbone
+from .contexts import Context, ContextCache, Passage, block_states, caption_passage, story_passage
 from .data.formats import read
 from .data.records import Record
-from .examples import RecordSource, Shown, shown
-from .run import Run, optimise, start_accelerator, train
-from .sequences import story_losses, story_sequence
+from .examples import RecordSource, Share, Shown, shown
+from .loop import Batch, Trained, Training, train
+from .run import Run, start_accelerator
+from .sequences import Told, story_losses, story_sequence, told_losses
 from .stage import (
     PictureLosses,
     StageRecipe,
-    Targets,
-    Trained,
     earlier_mapper,
-    load_diffusion,
     new_mapper,
-    picture_latents,
-    step_generator,
+    save_memory,
+    step_chance,
+    use_cache,
 )
 from .storybook.diffusion import PREVIEW
 from .storybook.stories import stories, training_state
@@ -75,29 +75,35 @@ def passages(llm: FrozenLLM, recipe: AlignRecipe) -> list[Passage]:
     return [caption_passage(llm, state) for state in captions] + [story_passage(llm, s) for s in told]
 
 
-Batches = Callable[[int, random.Random], tuple[Tensor, list[Shown], Tensor]]
+@dataclass(frozen=True)
+class Cached:
+    """Contexts of the storybook's world, and what should be shown behind each; `drawn` asks for the diffusion loss."""
+
+    contexts: list[Context]
+    shows: list[Shown]
+    drawn: bool
 
 
-def cached_batches(llm: FrozenLLM, recipe: AlignRecipe) -> Batches:
-    """Voken states (B, V, L), what they should show, and the text loss, of the storybook's captions and stories."""
+def cached_losses(llm: FrozenLLM, cached: Cached, picture_losses: PictureLosses) -> dict[str, Tensor]:
+    """As `told_losses`, the LLM run over the voken blocks alone."""
+    if not cached.contexts:
+        return {}
+    wanted = torch.full((len(cached.contexts),), llm.voken_ids[0], device=llm.device)
+    text = voken_loss(llm.logits(torch.stack([context.last for context in cached.contexts])), wanted)
+    states = block_states(llm, cached.contexts)
+    return {"text": text} | picture_losses(states, cached.shows, cached.drawn)
+
+
+Draw = Callable[[int, random.Random, Share], list[Any]]
+
+
+def cached_draw(llm: FrozenLLM, recipe: AlignRecipe) -> Draw:
+    """Draws (context, what to show) of the storybook's captions and stories."""
     cache = ContextCache(llm, passages(llm, recipe), dtype=torch.float16)
 
-    def draw(count: int, chance: random.Random) -> tuple[Tensor, list[Shown], Tensor]:
-        contexts = cache.draw(count, chance)
-        wanted = torch.full((count,), llm.voken_ids[0], device=llm.device)
-        text = voken_loss(llm.logits(torch.stack([context.last for context in contexts])), wanted)
-        return block_states(llm, contexts), [shown(context.state) for context in contexts], text
-
-    return draw
-
-
-def record_batches(llm: FrozenLLM, source: RecordSource) -> Batches:
-    """The same of a data set's captions."""
-
-    def draw(count: int, chance: random.Random) -> tuple[Tensor, list[Shown], Tensor]:
-        examples = source.draw(count, chance)
-        states, text = story_losses(llm, [story_sequence(llm, example.turns) for example in examples])
-        return states, [one for example in examples for one in example.shows], text
+    def draw(count: int, chance: random.Random, share: Share) -> list[tuple[Context, Shown]]:
+        drawn = [(context, shown(context.state, chance)) for context in cache.draw(count, chance)]
+        return [pair for index, pair in enumerate(drawn) if share.has(index)]
 
     return draw
 
@@ -110,58 +116,56 @@ def train_align(
     `start_from` goes on from an earlier run's weights; a LoRA among them stays as it is.
     """
     torch.manual_seed(recipe.seed)
-    accelerator = start_accelerator(recipe, out)
-    run = Run(recipe, out, "align", accelerator, resume)
+    run = Run(recipe, out, "align", start_accelerator(recipe, out), resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens, device=accelerator.device)
+    llm = load_llm(folder, recipe.vokens, device=run.accelerator.device)
     adapted = adapt(llm, start_from, with_voken_rows).eval()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("trainable_tokens" in name)
-    pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
-    source = RecordSource(llm, recipe.stream(), recipe.task_list("caption")) if recipe.data else None
+    backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
+    save_memory(recipe, adapted, backbone)
+    features = use_cache(recipe, backbone, llm)
+    tasks = recipe.task_list("caption")
+    source = RecordSource(llm, recipe.stream(), tasks, features=features) if recipe.data else None
     captions = source.captions(1000) if source else list(caption_states(1000, recipe.seed))
-    targets = Targets(pipeline, captions)
+    targets = Targets(backbone, captions)
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
-    trained = Trained(mapper, trainable(adapted))
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": trainable(adapted), "lr": recipe.row_rate, "weight_decay": 0.0},
-            {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
-        ]
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
-    trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
-    if source:
-        accelerator.register_for_checkpointing(source)
-    start = run.resume() if resume else 0
-    batches = record_batches(llm, source) if source else cached_batches(llm, recipe)
-    shown_first = preview_examples(recipe)
     picture_losses = PictureLosses(recipe, mapper, targets)
+    losses = told_losses if source else cached_losses
+    trained = Trained(mapper, trainable(adapted), lambda inputs: losses(llm, inputs, picture_losses))
+    groups = [
+        {"params": trainable(adapted), "lr": recipe.row_rate, "weight_decay": 0.0},
+        {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
+    ]
+    training = Training(run, trained, groups, source)
+    draw_examples = source.draw if source else cached_draw(llm, recipe)
 
-    def one_step(step: int) -> dict[str, float]:
-        draw, generator = step_generator(recipe.seed, step)
-        states, shows, text_loss = batches(recipe.batch, draw)
-        latents = None
-        if recipe.image_weight and step > recipe.image_from * recipe.steps:
-            latents = picture_latents(pipeline, shows, draw)
-        losses = picture_losses(states, [one.caption for one in shows], latents, generator)
-        losses["text"] = text_loss
-        optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
-        if step % recipe.preview_every == 0:
-            preview(step)
-        return {name: loss.item() for name, loss in losses.items()}
+    def draw(step: int) -> list[Batch]:
+        examples = draw_examples(recipe.batch, step_chance(recipe.seed, step), training.share)
+        return [batch(part, recipe.draws(step)) for part in training.split(examples)]
+
+    def batch(part: list[Any], drawn: bool) -> Batch:
+        inputs: Told | Cached
+        if source:
+            sequences = {"text": [story_sequence(llm, example.turns) for example in part]}
+            inputs = Told(sequences, [one for example in part for one in example.shows], drawn)
+            asked = inputs.counts()
+        else:
+            inputs = Cached([context for context, _ in part], [one for _, one in part], drawn)
+            asked = {"text": len(part)}
+        return Batch(inputs, asked | picture_losses.counts(len(inputs.shows), drawn))
+
+    shown_first = preview_examples(recipe)
 
     @torch.no_grad()
     def preview(step: int) -> None:
         states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
-        run.preview(step, pipeline, mapper(states).tokens, mapper.negative().tokens)
+        run.preview(step, backbone.draw(mapper(states), mapper.negative()))
 
-    train(
-        run,
-        start,
-        one_step,
-        lambda step: run.save_result(mapper, adapted, folder, step, data=recipe.data_name),
-    )
+    def save(step: int) -> None:
+        run.save_result(mapper, adapted, folder, step, data=recipe.data_name)
+
+    train(training, draw, preview, save)
     return llm, mapper
 
 

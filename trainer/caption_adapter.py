@@ -22,10 +22,10 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.prompts import Turn, chat_text
 
 from .adapters import save_adapter, trainable
+from .loop import descend
 from .progress import Progress, interrupts
-from .run import optimise
 from .sequences import story_sequence, text_losses
-from .stage import step_generator
+from .stage import step_chance
 from .storybook.stories import TrueScene, stories
 
 OPEN, CLOSE = "\n(", ")"
@@ -74,10 +74,10 @@ def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
     progress = Progress(recipe.steps)
     with interrupts() as interrupted:
         for step in range(1, recipe.steps + 1):
-            draw, _ = step_generator(recipe.seed, step)
-            batch = draw.sample(data, recipe.batch)
+            batch = step_chance(recipe.seed, step).sample(data, recipe.batch)
             loss = text_losses(llm, [story_sequence(llm, captioned_turns(scenes)) for scenes in batch])
-            optimise(accelerator, adapted, optimizer, schedule, loss)
+            accelerator.backward(loss)
+            descend(accelerator, trainable(adapted), optimizer, schedule, {"text": loss.item()})
             progress.update(step, recipe.batch, text=loss.item())
             if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
                 save_adapter(adapted, folder, out / "adapter")

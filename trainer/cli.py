@@ -9,6 +9,7 @@
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's rival: the LLM writes captions
     data check PATH      read a data set of yours, and say what is in it and what is broken
+    data cache PATH      compute once what training needs of its pictures and captions
     data export PATH     write the storybook's stories in any of the formats, to see how one looks
     evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
@@ -60,14 +61,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    data = commands.add_parser("data", help="data sets: check one, write the storybook as one")
+    data = commands.add_parser("data", help="data sets: check one, cache one, write the storybook as one")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser("check", help="read all of it, and say what is in it and what is broken")
     check.add_argument("--out", type=Path, help="where a contact sheet and check.json go")
     export = actions.add_parser("export", help="write the storybook's stories in a format")
     export.add_argument("--stories", type=int, default=8)
     export.add_argument("--seed", type=int, default=0)
-    for action, what in ((check, "the annotation file, or the folder"), (export, "a new folder")):
+    cache = actions.add_parser("cache", help="compute once what training needs of its pictures and captions")
+    cache.add_argument("--out", type=Path, required=True, help="the cache's folder; what it has stays")
+    cache.add_argument(
+        "--diffusion", type=Path, default=Path("storybook/diffusers"), help="whose latents and text encoder"
+    )
+    cache.add_argument("--image-adapter", type=Path, help="caches image tokens too, as it makes them")
+    cache.add_argument("--llm", type=Path, help="the image adapter's LLM; without one it is not loaded")
+    existing = "the annotation file, or the folder"
+    for action, what in ((check, existing), (cache, existing), (export, "a new folder")):
         action.add_argument("path", type=Path, help=what)
         action.add_argument(
             "--format", required=True, dest="layout", metavar="FORMAT", help=", ".join(LAYOUTS)
@@ -78,6 +87,13 @@ def _data_check(arguments: argparse.Namespace) -> int:
     from .data.check import check
 
     return 0 if check(arguments.path, arguments.layout, arguments.out).rows else 1
+
+
+def _data_cache(arguments: argparse.Namespace) -> int:
+    from .data.cache_build import cache_features
+
+    parts = arguments.diffusion, arguments.llm, arguments.image_adapter
+    return 0 if cache_features(arguments.path, arguments.layout, arguments.out, *parts).pictures else 1
 
 
 def _data_export(arguments: argparse.Namespace) -> int:
@@ -222,7 +238,7 @@ COMMANDS = {
 }
 
 LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog")
-DATA = {"check": _data_check, "export": _data_export}
+DATA = {"check": _data_check, "cache": _data_cache, "export": _data_export}
 
 
 def main(argv: list[str] | None = None) -> int:

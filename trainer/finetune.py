@@ -5,13 +5,14 @@
 A whole story is one sequence with all its voken blocks, so one forward serves all its pictures.
 """
 
+import random
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
@@ -20,22 +21,23 @@ from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import NEXT, Turn
 
 from .adapters import adapt, trainable, voken_tables, with_prefix
+from .backbone import Targets, load_backbone
+from .data.cache import CachedFeatures
 from .data.formats import read
 from .data.records import Record
-from .examples import RecordSource, Source, StorybookSource, shown
-from .run import Run, optimise, start_accelerator, train
-from .sequences import story_losses, story_sequence, text_losses
+from .examples import Example, RecordSource, Share, Source, StorybookSource, new_seed, shown
+from .loop import Batch, Trained, Training, train
+from .run import Run, start_accelerator
+from .sequences import Told, story_losses, story_sequence, told_losses
 from .showing import questions
 from .stage import (
     PictureLosses,
     StageRecipe,
-    Targets,
-    Trained,
     earlier_mapper,
-    load_diffusion,
     new_mapper,
-    picture_latents,
-    step_generator,
+    save_memory,
+    step_chance,
+    use_cache,
 )
 from .storybook.stories import stories, training_state
 
@@ -96,11 +98,51 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     )
 
 
-def examples_of(recipe: FinetuneRecipe, llm: FrozenLLM) -> Source:
+def examples_of(recipe: FinetuneRecipe, llm: FrozenLLM, features: CachedFeatures | None = None) -> Source:
     """What the recipe trains on: its data set, or the storybook's stories."""
     if recipe.data:
-        return RecordSource(llm, recipe.stream(), recipe.task_list("story"), recipe.shown_share)
+        return RecordSource(llm, recipe.stream(), recipe.task_list("story"), recipe.shown_share, features)
     return StorybookSource(llm, recipe.stories, recipe.seed, recipe.shown_share)
+
+
+def parameter_groups(recipe: FinetuneRecipe, adapted: PeftModel, mapper: Mapper) -> list[dict[str, Any]]:
+    """What the optimiser moves, and how fast: voken rows, LoRA or prefix, mapper."""
+    named = [(name, parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    rows = [parameter for name, parameter in named if "trainable_tokens" in name]
+    others = [parameter for name, parameter in named if "trainable_tokens" not in name]
+    return [
+        {"params": rows, "lr": recipe.row_rate, "weight_decay": 0.0},
+        {"params": others, "lr": recipe.lora_rate, "weight_decay": recipe.weight_decay},
+        {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
+    ]
+
+
+def draw_examples(
+    recipe: FinetuneRecipe, llm: FrozenLLM, source: Source, step: int, share: Share
+) -> dict[str, list[Example]]:
+    """A process's share of a step, by the name of its text loss: stories, single captions, questions."""
+    chance = step_chance(recipe.seed, step)
+    drawn = {"text": source.draw(recipe.batch, chance, share)}
+    if recipe.captions:  # a batch of their own: padded to a story's length they would cost as much
+        alone = [shown(training_state(chance), chance) for _ in range(recipe.captions)]
+        drawn["caption_text"] = [
+            Example([Turn(one.caption, "")], [one]) for index, one in enumerate(alone) if share.has(index)
+        ]
+    if recipe.image_adapter and recipe.questions:
+        seeds = [new_seed(chance) for _ in range(recipe.questions)]
+        mine = [random.Random(seed) for index, seed in enumerate(seeds) if share.has(index)]
+        drawn["question_text"] = [Example(turns, []) for own in mine for turns in questions(llm, 1, own)]
+    return drawn
+
+
+def as_told(llm: FrozenLLM, examples: dict[str, list[Example]], drawn: bool) -> Told:
+    """The examples as sequences."""
+    sequences = {
+        name: [story_sequence(llm, example.turns) for example in some] for name, some in examples.items()
+    }
+    return Told(
+        sequences, [one for some in examples.values() for example in some for one in example.shows], drawn
+    )
 
 
 def preview_stories(recipe: FinetuneRecipe) -> list[list[Turn]]:
@@ -120,74 +162,47 @@ def train_finetune(
 ) -> tuple[FrozenLLM, Mapper]:
     """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     torch.manual_seed(recipe.seed)
-    accelerator = start_accelerator(recipe, out)
-    run = Run(recipe, out, "finetune", accelerator, resume)
+    run = Run(recipe, out, "finetune", start_accelerator(recipe, out), resume)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens, device=accelerator.device)
+    llm = load_llm(folder, recipe.vokens, device=run.accelerator.device)
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
-    pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
-    source = examples_of(recipe, llm)
-    targets = Targets(pipeline, source.captions(1000))
+    backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
+    save_memory(recipe, adapted, backbone)
+    source = examples_of(recipe, llm, use_cache(recipe, backbone, llm))
+    targets = Targets(backbone, source.captions(1000))
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
-    trained = Trained(mapper, trainable(adapted))
-    rows = [p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" in name]
-    others = [
-        p for name, p in adapted.named_parameters() if p.requires_grad and "trainable_tokens" not in name
-    ]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": rows, "lr": recipe.row_rate, "weight_decay": 0.0},
-            {"params": others, "lr": recipe.lora_rate, "weight_decay": recipe.weight_decay},
-            {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
-        ]
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
-    trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
-    accelerator.register_for_checkpointing(source)
-    start = run.resume() if resume else 0
     picture_losses = PictureLosses(recipe, mapper, targets)
-    shown_first = preview_stories(recipe)
+    trained = Trained(mapper, trainable(adapted), lambda told: told_losses(llm, told, picture_losses))
+    training = Training(run, trained, parameter_groups(recipe, adapted, mapper), source)
     adapted.train()
 
-    def one_step(step: int) -> dict[str, float]:
-        draw, generator = step_generator(recipe.seed, step)
-        torch.manual_seed(recipe.seed * 1_000_003 + step)  # LoRA's dropout
-        examples = source.draw(recipe.batch, draw)
-        shows = [one for example in examples for one in example.shows]
-        states, text_loss = story_losses(llm, [story_sequence(llm, example.turns) for example in examples])
-        if recipe.captions:  # a batch of their own: padded to a story's length they would cost as much
-            alone = [shown(training_state(draw)) for _ in range(recipe.captions)]
-            sequences = [story_sequence(llm, [Turn(one.caption, "")]) for one in alone]
-            more, caption_text = story_losses(llm, sequences)
-            states, text_loss = torch.cat((states, more)), text_loss + caption_text
-            shows += alone
-        latents = None
-        if recipe.image_weight and step > recipe.image_from * recipe.steps and shows:
-            latents = picture_latents(pipeline, shows, draw)
-        losses = picture_losses(states, [one.caption for one in shows], latents, generator)
-        losses["text"] = text_loss
-        if recipe.image_adapter and recipe.questions:
-            asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.questions, draw)]
-            losses["text"] = text_loss + text_losses(llm, asked)
-        optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
-        if step % recipe.preview_every == 0:
-            preview(step)
-        return {name: loss.item() for name, loss in losses.items()}
+    def draw(step: int) -> list[Batch]:
+        torch.manual_seed(recipe.seed * 1_000_003 + step + training.share.rank)  # LoRA's dropout
+        examples = draw_examples(recipe, llm, source, step, training.share)
+        parts = {name: training.split(some) for name, some in examples.items()}
+        return [
+            batch({name: some[part] for name, some in parts.items()}, recipe.draws(step))
+            for part in range(recipe.accumulation)
+        ]
+
+    def batch(examples: dict[str, list[Example]], drawn: bool) -> Batch:
+        told = as_told(llm, examples, drawn)
+        return Batch(told, told.counts() | picture_losses.counts(len(told.shows), drawn))
+
+    shown_first = preview_stories(recipe)
 
     @torch.no_grad()
     def preview(step: int) -> None:
         """The first scenes of two stories, their true sentences given."""
         adapted.eval()
         states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
-        run.preview(step, pipeline, mapper(states).tokens, mapper.negative().tokens)
+        run.preview(step, backbone.draw(mapper(states), mapper.negative()))
         adapted.train()
 
-    train(
-        run,
-        start,
-        one_step,
-        lambda step: run.save_result(mapper, adapted, folder, step, data=recipe.data_name),
-    )
+    def save(step: int) -> None:
+        run.save_result(mapper, adapted, folder, step, data=recipe.data_name)
+
+    train(training, draw, preview, save)
     return llm, mapper

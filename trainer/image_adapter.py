@@ -35,11 +35,11 @@ from minigpt5_core.vision import (
 )
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
 
+from .backbone import Targets, load_backbone
 from .explain import package_version
 from .progress import Progress, interrupts
 from .sequences import story_losses, story_sequence, text_losses
 from .showing import caption_turns, questions, shown_turns, soft_pictures, told_scenes
-from .stage import Targets, load_diffusion
 from .storybook.render import render
 from .storybook.stories import held_out_state, stories, training_state
 from .storybook.world import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
@@ -154,7 +154,7 @@ def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, s
     encoder = llm.image_encoder
     assert encoder is not None
     some = [state.caption() for state in _states(random.Random(1), 500)]
-    targets = Targets(load_diffusion(Path(recipe.diffusion)).to(llm.device), some)
+    targets = Targets(load_backbone(Path(recipe.diffusion)).to(llm.device), some)
     draw = random.Random(f"stories/{recipe.seed}")
     told = stories(recipe.seed + 1000)
 
@@ -167,8 +167,7 @@ def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, s
             for scenes, turns in zip(batch, told_turns, strict=True)
             for scene in told_scenes(scenes, turns)
         ]
-        answer = mapper(voken_states).tokens
-        alignment = caption_loss(answer, targets.encode(captions), targets.deviation)
+        alignment = targets.loss(mapper(voken_states), captions, standardised=True)
         asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.caption_batch, draw)]
         return text + recipe.alignment_weight * alignment + text_losses(llm, asked)
 

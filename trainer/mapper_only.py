@@ -8,14 +8,13 @@ shape of mapper, or a text encoder that has changed.
 
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
@@ -24,21 +23,19 @@ from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn
 
 from .align import caption_states
-from .examples import Shown, shown, some_shown
-from .run import Run, optimise, start_accelerator, train
+from .backbone import Targets, load_backbone
+from .examples import Shown, new_seed, shown, some_shown
+from .loop import Batch, Trained, Training, train
+from .run import Run, start_accelerator
 from .sequences import story_losses, story_sequence
 from .showing import told_scenes
 from .stage import (
     PictureLosses,
     StageRecipe,
-    Targets,
-    Trained,
     earlier_mapper,
-    load_diffusion,
     new_mapper,
-    picture_latents,
     scale_to,
-    step_generator,
+    step_chance,
 )
 from .storybook.stories import stories
 
@@ -95,39 +92,36 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
             "first steps would have no loss. Set image_weight=1 and image_from=0, or caption_weight above 0."
         )
     torch.manual_seed(recipe.seed)
-    accelerator = start_accelerator(recipe, out)
-    run = Run(recipe, out, "mapper", accelerator, resume)
+    run = Run(recipe, out, "mapper", start_accelerator(recipe, out), resume)
+    device = run.accelerator.device
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_adapter(load_llm(folder, recipe.vokens, device=accelerator.device), start_from / "adapter")
+    llm = load_adapter(load_llm(folder, recipe.vokens, device=device), start_from / "adapter")
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
-    pipeline = load_diffusion(Path(recipe.diffusion)).to(accelerator.device)
-    targets = Targets(pipeline, list(caption_states(1000, recipe.seed)))
+    backbone = load_backbone(Path(recipe.diffusion)).to(device)
+    targets = Targets(backbone, list(caption_states(1000, recipe.seed)))
     mapper = new_mapper(recipe, llm, targets) if recipe.fresh else earlier_mapper(recipe, llm, start_from)
     scale_to(mapper, targets)  # the earlier run may have listened to another text encoder
-    trained = Trained(mapper, [])
-    optimizer = torch.optim.AdamW(mapper.parameters(), recipe.mapper_rate, weight_decay=recipe.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
-    trained, optimizer, schedule = accelerator.prepare(trained, optimizer, schedule)
-    known = remember(recipe, llm)  # before the random states of a run that goes on are back
-    start = run.resume() if resume else 0
     picture_losses = PictureLosses(recipe, mapper, targets)
+    trained = Trained(mapper, [], lambda inputs: picture_losses(*inputs))
+    group = {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay}
+    training = Training(run, trained, [group])
+    known = remember(recipe, llm)  # before the random states of a run that goes on are back
 
-    def one_step(step: int) -> dict[str, float]:
-        draw, generator = step_generator(recipe.seed, step)
-        rows = draw.choices(range(len(known.shows)), k=recipe.batch)
-        shows = [known.shows[row] for row in rows]
-        latents = None
-        if recipe.image_weight and step > recipe.image_from * recipe.steps:
-            latents = picture_latents(pipeline, shows, draw)
-        captions = [one.caption for one in shows]
-        losses = picture_losses(known.states[rows].float(), captions, latents, generator)
-        optimise(accelerator, trained, optimizer, schedule, picture_losses.weights.total(**losses))
-        return {name: loss.item() for name, loss in losses.items()}
+    def draw(step: int) -> list[Batch]:
+        chance, drawn = step_chance(recipe.seed, step), recipe.draws(step)
+        rows = [(row, new_seed(chance)) for row in chance.choices(range(len(known.shows)), k=recipe.batch)]
+        mine = [pair for index, pair in enumerate(rows) if training.share.has(index)]
+        return [batch(part, drawn) for part in training.split(mine)]
+
+    def batch(rows: list[tuple[int, int]], drawn: bool) -> Batch:
+        states = known.states[[row for row, _ in rows]].float()
+        shows = [replace(known.shows[row], seed=seed) for row, seed in rows]
+        return Batch((states, shows, drawn), picture_losses.counts(len(shows), drawn))
 
     def save(step: int) -> None:
         run.save_mapper(mapper, folder, step, data="storybook")
         shutil.copytree(start_from / "adapter", out / "adapter", dirs_exist_ok=True)
 
-    train(run, start, one_step, save)
+    train(training, draw, lambda step: None, save)
     return mapper

@@ -1,4 +1,4 @@
-"""A training run's folder and its loop: states to go on from, what people watch meanwhile, and what explains it later.
+"""A training run's folder: states to go on from, what people watch meanwhile, and what explains it later.
 
 states/step_000200/   weights, optimiser, schedule, place in the data, random states; the newest few and the best
 metrics.jsonl         every step's losses; losses.png shows them; tensorboard/ has them too
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,20 +16,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 from peft import PeftModel
+from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
 
 from .adapters import save_adapter
-from .explain import card, describe, plot_losses
-from .progress import Progress, TrainingError, grid, interrupts
+from .explain import card, describe
+from .progress import TrainingError, grid
 from .stage import StageRecipe, recipe_space
 
 
@@ -42,12 +38,24 @@ def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
             f"{tracker} is not installed: pip install {tracker}. metrics.jsonl and losses.png are written without it."
         )
         tracker = None
-    cpu = not torch.cuda.is_available()
-    return Accelerator(cpu=cpu, log_with=tracker, project_dir=str(out))
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        log_with=tracker,
+        project_dir=str(out),
+    )
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew because one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 class Run:
-    """A run's folder: states to resume from, previews, and at the end `mapper.safetensors` and `adapter/`."""
+    """A run's folder: states to resume from, previews, and at the end `mapper.safetensors` and `adapter/`.
+
+    Of several processes the first writes it. Started anew by torchrun, they go on from the newest state by themselves.
+    """
 
     def __init__(
         self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator, resume: bool
@@ -56,12 +64,19 @@ class Run:
         self.states = out / "states"
         if out.is_file() or any(parent.is_file() for parent in out.parents):
             raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume:  # or a later --resume would go on from another run
-            shutil.rmtree(self.states, ignore_errors=True)
-            (out / "metrics.jsonl").unlink(missing_ok=True)
-        (out / "run.json").write_text(json.dumps(describe(recipe, stage), indent=1) + "\n", encoding="utf-8")
+        self.resuming = resume or (restarted() and bool(self.kept()))
+        if accelerator.is_main_process:
+            self._begin()
+        accelerator.wait_for_everyone()
         accelerator.init_trackers("tensorboard", config=_flat(asdict(recipe)))
+
+    def _begin(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.resuming:  # or a later --resume would go on from another run
+            shutil.rmtree(self.states, ignore_errors=True)
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        text = json.dumps(describe(self.recipe, self.stage), indent=1) + "\n"
+        (self.out / "run.json").write_text(text, encoding="utf-8")
 
     def resume(self) -> int:
         """Loads the newest state; returns the step it was saved at."""
@@ -72,9 +87,10 @@ class Run:
             )
         step = max(kept)
         self.accelerator.load_state(str(self._state(step)))
-        lines = self.metrics()
-        text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-        (self.out / "metrics.jsonl").write_text(text)
+        if self.accelerator.is_main_process:
+            lines = self.metrics()
+            text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+            (self.out / "metrics.jsonl").write_text(text)
         return step
 
     def kept(self) -> dict[int, float]:
@@ -93,19 +109,24 @@ class Run:
 
         TrainingError where it cannot be written, such as on a full disk; states from before stay as they are.
         """
-        fresh = self.states / "fresh.tmp"
-        shutil.rmtree(fresh, ignore_errors=True)
+        fresh, main = self.states / "fresh.tmp", self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         try:
-            self.accelerator.save_state(str(fresh))
-            (fresh / "step.json").write_text(json.dumps({"step": step, "loss": loss}))
-            shutil.rmtree(self._state(step), ignore_errors=True)
-            os.replace(fresh, self._state(step))
+            self.accelerator.save_state(str(fresh))  # every process writes its random states
+            self.accelerator.wait_for_everyone()
+            if main:
+                (fresh / "step.json").write_text(json.dumps({"step": step, "loss": loss}))
+                shutil.rmtree(self._state(step), ignore_errors=True)
+                os.replace(fresh, self._state(step))
+                self._drop_old()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(fresh, ignore_errors=True)
             raise TrainingError(
                 f"step {step}: the state could not be written ({error}). {self.safe()} Make room, then --resume."
             ) from error
-        self._drop_old()
+        self.accelerator.wait_for_everyone()
 
     def _drop_old(self) -> None:
         kept = self.kept()
@@ -159,18 +180,8 @@ class Run:
         (self.out / "README.md").write_text(card(description, self.metrics()), encoding="utf-8")
         save_mapper(self.out / "mapper.safetensors", mapper, header)
 
-    @torch.no_grad()
-    def preview(
-        self, step: int, pipeline: StableDiffusionPipeline, conditioning: Tensor, negative: Tensor
-    ) -> None:
-        """Draws fixed prompts: (B, T, C) conditioning and the (1, T, C) negative."""
-        pictures = pipeline(
-            prompt_embeds=conditioning,
-            negative_prompt_embeds=negative.expand(len(conditioning), -1, -1),
-            num_inference_steps=15,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(0),
-        ).images
+    def preview(self, step: int, pictures: list[Image.Image]) -> None:
+        """Lays pictures of fixed prompts side by side."""
         grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
 
 
@@ -179,49 +190,3 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()
     }
-
-
-def optimise(
-    accelerator: Accelerator, trained: nn.Module, optimizer: Optimizer, schedule: LRScheduler, loss: Tensor
-) -> None:
-    """One step of the optimiser down `loss`, its gradient clipped to length 1; TrainingError, and no step, for NaN."""
-    if not torch.isfinite(loss):
-        raise TrainingError(f"the loss is {loss.item()}")
-    accelerator.backward(loss)
-    accelerator.clip_grad_norm_(trained.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def train(
-    run: Run, start: int, one_step: Callable[[int], dict[str, float]], save: Callable[[int], None]
-) -> None:
-    """The loop of all stages: step, report, save every so often.
-
-    Ctrl-C and SIGTERM end the step, save, and are passed on as KeyboardInterrupt and Terminated.
-    """
-    recipe = run.recipe
-    progress = Progress(recipe.steps, start=start)
-    since: list[float] = []  # the last save
-    with interrupts() as interrupted:
-        for step in range(start + 1, recipe.steps + 1):
-            try:
-                losses = one_step(step)
-            except TrainingError as error:
-                raise TrainingError(
-                    f"step {step}: {error}. {run.safe()} Set lower rates (mapper_rate, row_rate, lora_rate) and go on "
-                    "from there with --resume."
-                ) from error
-            progress.update(step, recipe.batch, **losses)
-            run.log(step, losses)
-            since.append(sum(losses.values()))
-            if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
-                run.save_state(step, sum(since) / len(since))
-                plot_losses(run.metrics(), run.out / "losses.png")
-                since = []
-            if interrupted:
-                print(f"interrupted: {run.safe()} Go on with --resume.")
-                raise interrupted[0]
-    run.accelerator.end_training()
-    save(recipe.steps)

@@ -1,6 +1,6 @@
 """A story as one sequence for the LLM: ids, labels, voken blocks; and one forward over several of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,8 @@ from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts, gather_voken_states
+
+from .examples import Shown
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,37 @@ class StorySequence:
     labels: list[int]
     blocks: list[int]
     images: list[Tensor] = field(default_factory=list)
+
+    @property
+    def asked(self) -> int:
+        """How many ids the LLM should have written."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Sequences by the name of their text loss, each name a batch of its own, padded by itself; and what their blocks
+    should show, in order. With `drawn` the pictures' diffusion loss is asked for."""
+
+    sequences: dict[str, list[StorySequence]]
+    shows: list[Shown]
+    drawn: bool
+
+    def counts(self) -> dict[str, int]:
+        """How many ids each text loss is a mean over."""
+        return {name: sum(one.asked for one in some) for name, some in self.sequences.items()}
+
+
+def told_losses(
+    llm: FrozenLLM, told: Told, picture_losses: Callable[[Tensor, Sequence[Shown], bool], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The text losses and the pictures' losses, one forward of the LLM for each name."""
+    states, losses = [], {}
+    for name, sequences in told.sequences.items():
+        if sequences:
+            found, losses[name] = story_losses(llm, sequences)
+            states.append(found)
+    return losses | picture_losses(torch.cat(states), told.shows, told.drawn) if states else losses
 
 
 def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:

@@ -21,7 +21,10 @@ MISDRAWN = 0.3  # of the pictures shown behind their blocks, the share in which 
 def soft_pictures(states: Sequence[State], draw: random.Random) -> Tensor:
     """Fresh renders, some of them soft as a diffusion model's may be, (B, 3, 128, 128) in [-1, 1]."""
     images = to_tensor([weather(render(state, draw), draw) for state in states])
-    return images + draw.uniform(0, 0.1) * torch.randn_like(images) if draw.random() < 0.3 else images
+    if draw.random() >= 0.3:
+        return images
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(draw.getrandbits(48)))
+    return images + draw.uniform(0, 0.1) * noise
 
 
 def see(llm: FrozenLLM, states: Sequence[State], draw: random.Random) -> list[Tensor]:

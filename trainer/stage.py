@@ -1,34 +1,29 @@
 """What both stages share: the mapper and its targets, the losses, the run folder."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from torch import Tensor, nn
+from peft import PeftModel, PeftType
+from torch import Tensor
 
-from minigpt5_core.conditioning import SPACES, Space
+from minigpt5_core.conditioning import SPACES, Conditioning, Space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.losses import (
-    LossWeights,
-    caption_loss,
-    compute_snr,
-    diffusion_loss,
-    drop_states,
-    target_statistics,
-)
+from minigpt5_core.losses import drop_states
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
 from minigpt5_core.weights import load_mapper
 
+from .backbone import Backbone, Targets
+from .data.cache import CachedFeatures
 from .data.stream import Stream
 from .data.tasks import Task
 from .examples import Shown, fitted
 from .recipe import build_recipe
-from .storybook.autoencoder import encode_pictures
-from .storybook.diffusion import encode_texts
+
+COUNTS = ("steps", "batch", "accumulation", "vokens", "tokens", "preview_every", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,13 @@ class StageRecipe:
     `image_from` is the share of the steps after which the diffusion loss joins in.
 
     `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
-    (empty: the storybook's world), `tasks` how often each task is drawn and with which wordings.
+    (empty: the storybook's world), `tasks` how often each task is drawn and with which wordings, `cache` a folder that
+    `python -m trainer data cache` has filled.
+
+    `batch` counts the examples of a step over all processes; each process takes its share in `accumulation` parts,
+    one after the other. The gradient is the same however it is split. `precision` is "float32" or "bf16" (autocast);
+    `optimizer` is "adamw", or "adamw8bit" where bitsandbytes is installed. `ema_decay` above 0 averages what is
+    trained over the steps, and the average is the result.
 
     Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
     "tensorboard", "wandb" or empty.
@@ -54,6 +55,11 @@ class StageRecipe:
     tokens: int = 77
     steps: int = 500
     batch: int = 16
+    accumulation: int = 1
+    precision: str = "float32"
+    optimizer: str = "adamw"
+    gradient_checkpointing: bool = False
+    ema_decay: float = 0.0
     mapper_rate: float = 1e-3
     row_rate: float = 4e-3
     weight_decay: float = 0.0
@@ -68,6 +74,7 @@ class StageRecipe:
     data: str = ""
     format: str = "jsonl"
     tasks: dict = field(default_factory=dict)
+    cache: str = ""
     preview_every: int = 200
     save_every: int = 200
     keep: int = 2
@@ -75,11 +82,27 @@ class StageRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.caption_target not in ("standardised", "raw"):
-            raise BadInputError(f"caption_target is {self.caption_target!r}; it can be standardised or raw.")
-        for name in ("steps", "batch", "vokens", "tokens", "preview_every", "save_every", "keep"):
+        known = {
+            "caption_target": ("standardised", "raw"),
+            "precision": ("float32", "bf16"),
+            "optimizer": ("adamw", "adamw8bit"),
+        }
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise BadInputError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(values)}.")
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        if not 0 <= self.ema_decay < 1:
+            raise BadInputError(f"ema_decay is {self.ema_decay:g}; it must be 0 (off) or more, and below 1.")
+        if self.cache and not self.data:
+            raise BadInputError(
+                "cache is set, but data is not: the storybook's world is drawn afresh each time."
+            )
+
+    def draws(self, step: int) -> bool:
+        """Whether the diffusion loss is on in this step."""
+        return bool(self.image_weight) and step > self.image_from * self.steps
 
     @property
     def data_name(self) -> str:
@@ -94,35 +117,6 @@ class StageRecipe:
         """The tasks the recipe names, or the stage's own."""
         named = self.tasks or {default: {}}
         return {name: build_recipe(Task, values, f"tasks.{name}") for name, values in named.items()}
-
-
-class Targets:
-    """What the mapper should answer: the diffusion model's own text encoder on the full caption."""
-
-    def __init__(self, pipeline: StableDiffusionPipeline, captions: Sequence[str]) -> None:
-        self.pipeline = pipeline
-        states = torch.cat([self.encode(captions[i : i + 64]) for i in range(0, len(captions), 64)])
-        self.mean, self.deviation = target_statistics(states, smallest=1e-2)
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """(B, T, C)."""
-        return encode_texts(self.pipeline, texts)
-
-
-def load_diffusion(folder: Path) -> StableDiffusionPipeline:
-    """The frozen text-to-image model of a diffusers folder."""
-    if not (folder / "model_index.json").is_file():
-        raise BadInputError(
-            f"{folder} is no diffusers folder (no model_index.json). Set diffusion to one that is."
-        )
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False)
-    return pipeline
 
 
 def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
@@ -167,58 +161,89 @@ def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
     return mapper.train()
 
 
-def picture_latents(pipeline: StableDiffusionPipeline, shows: Sequence[Shown], draw: random.Random) -> Tensor:
+def picture_latents(backbone: Backbone, shows: Sequence[Shown]) -> Tensor:
     """Scaled latents of what is to be shown, at the size the diffusion model was trained on, (B, C, h, w)."""
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    return encode_pictures(pipeline.vae, [fitted(one.image(draw), side) for one in shows])
+    lacking = [one for one in shows if one.latents is None]
+    fresh: Iterator[Tensor] = iter(())
+    if lacking:
+        pictures = [fitted(one.image(random.Random(one.seed)), backbone.side) for one in lacking]
+        fresh = iter(backbone.latents(pictures))
+    device = backbone.pipeline.device
+    return torch.stack([next(fresh) if one.latents is None else one.latents.to(device) for one in shows])
 
 
-class Trained(nn.Module):
-    """Everything that learns, and nothing else: what the optimiser sees and a saved state holds."""
-
-    def __init__(self, mapper: Mapper, adapter_parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__()
-        self.mapper = mapper
-        self.adapter = nn.ParameterList(adapter_parameters)
+def use_cache(recipe: StageRecipe, backbone: Backbone, llm: FrozenLLM) -> CachedFeatures | None:
+    """The recipe's feature cache, which the backbone asks from now on; says what is in it."""
+    if not recipe.cache:
+        return None
+    features = CachedFeatures(Path(recipe.cache), backbone.pipeline, llm)
+    backbone.features = features
+    print(f"cache: {len(features.cache)} values in {recipe.cache}")
+    for file, why in features.cache.ignored.items():
+        print(f"cache: {file.name} is left out: {why}")
+    return features
 
 
 class PictureLosses:
-    """Caption alignment and diffusion loss of a batch of voken states, with classifier-free dropout."""
+    """Caption alignment and diffusion loss of a batch of voken states, with classifier-free dropout.
+
+    What is random about a picture follows from its seed, drawn on the CPU: the same on every device, and the same
+    beside other pictures.
+    """
 
     def __init__(self, recipe: StageRecipe, mapper: Mapper, targets: Targets) -> None:
-        self.recipe, self.mapper, self.targets = recipe, mapper, targets
-        self.unet = targets.pipeline.unet
-        self.noise = DDPMScheduler.from_config(targets.pipeline.scheduler.config)
-        self.weights = LossWeights(recipe.text_weight, recipe.image_weight, recipe.caption_weight)
+        self.recipe, self.mapper, self.targets, self.backbone = recipe, mapper, targets, targets.backbone
+        self.aligned = recipe.tokens == len(targets.mean)
 
-    def __call__(
-        self, states: Tensor, captions: Sequence[str], latents: Tensor | None, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """`states` (B, V, L); `latents` (B, 4, h, w), or None while the diffusion loss is off."""
-        if not len(states):
+    def counts(self, pictures: int, drawn: bool) -> dict[str, int]:
+        """How many pictures each of the losses is a mean over."""
+        aligned = {"caption": pictures} if self.aligned else {}
+        return aligned | ({"image": pictures} if drawn else {})
+
+    def __call__(self, states: Tensor, shows: Sequence[Shown], drawn: bool) -> dict[str, Tensor]:
+        """Means over the pictures: `states` (B, V, L); with `drawn` the diffusion loss is among them."""
+        if not shows:
             return {}  # a batch whose tasks ask for no picture
-        states, dropped = drop_states(states, self.recipe.dropout, generator)
-        answer = self.mapper(states).tokens
-        texts = ["" if gone else text for text, gone in zip(captions, dropped.tolist(), strict=True)]
-        scale = self.targets.deviation if self.recipe.caption_target == "standardised" else None
+        generators = [torch.Generator().manual_seed(one.seed) for one in shows]
+        parts = [
+            drop_states(state[None], self.recipe.dropout, generator)
+            for state, generator in zip(states, generators, strict=True)
+        ]
+        answer = self.mapper(torch.cat([kept for kept, _ in parts]))
         losses = {}
-        if answer.shape[1] == len(self.targets.mean):
-            losses["caption"] = caption_loss(answer, self.targets.encode(texts), scale)
-        if latents is not None:
-            losses["image"] = self._image(answer, latents, generator)
+        if self.aligned:
+            texts = ["" if gone else one.caption for (_, gone), one in zip(parts, shows, strict=True)]
+            standardised = self.recipe.caption_target == "standardised"
+            losses["caption"] = self.targets.loss(answer, texts, standardised)
+        if drawn:
+            losses["image"] = self._image(answer, shows, generators)
         return losses
 
-    def _image(self, answer: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        # drawn on the CPU, so that every device sees the same numbers
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        steps = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), generator=generator)
-        steps = steps.to(latents.device)
-        predicted = self.unet(self.noise.add_noise(latents, noise, steps), steps, answer).sample
-        return diffusion_loss(
-            predicted, noise, compute_snr(self.noise.alphas_cumprod, steps), self.recipe.min_snr_gamma
+    def _image(
+        self, answer: Conditioning, shows: Sequence[Shown], generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        latents = picture_latents(self.backbone, shows)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
+        most = self.backbone.noise.config.num_train_timesteps
+        steps = torch.cat([torch.randint(0, most, (1,), generator=one) for one in generators])
+        noise, steps = noise.to(latents.device), steps.to(latents.device)
+        return self.backbone.loss(answer, latents, noise, steps, self.recipe.min_snr_gamma)
+
+
+def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> None:
+    """Gradient checkpointing of LLM and UNet where the recipe asks for it: a third more time, a layer's memory."""
+    if not recipe.gradient_checkpointing:
+        return
+    if adapted.peft_config["default"].peft_type == PeftType.PREFIX_TUNING:
+        raise BadInputError(
+            "gradient_checkpointing does not go with adapter=prefix: transformers leaves keys and values that stand in "
+            "front out of a layer that is computed twice. Set gradient_checkpointing=false, or adapter=lora."
         )
+    adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    adapted.train()  # in a model that is only used nothing is computed twice
+    backbone.pipeline.unet.enable_gradient_checkpointing()
 
 
-def step_generator(seed: int, step: int) -> tuple[random.Random, torch.Generator]:
+def step_chance(seed: int, step: int) -> random.Random:
     """Random numbers of one step, the same whether the run was resumed or not."""
-    return random.Random(f"{seed}/{step}"), torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return random.Random(f"{seed}/{step}")

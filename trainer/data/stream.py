@@ -47,7 +47,10 @@ class Stream:
         known = {"path": str(self.path), "layout": self.layout}
         data = IterableDataset.from_generator(_rows, gen_kwargs=known)
         self._data = split_dataset_by_node(
-            data.shuffle(seed=self.seed, buffer_size=self.buffer), self.rank, self.world
+            # one source: a pool of threads to read several at once would only cost time
+            data.shuffle(seed=self.seed, buffer_size=self.buffer, max_buffer_input_shards=1),
+            self.rank,
+            self.world,
         )
 
     def __iter__(self) -> Iterator[Record]:

@@ -7,8 +7,7 @@ a record it has no use for. Pictures that stand before are given as a reader wou
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Any
 
 from minigpt5_core.prompts import LOOK, NEXT, Turn
 
@@ -27,14 +26,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a task is made with. `see` gives a picture's image tokens, or None for an LLM that does not see.
+    """What a task is made with. `see` gives what stands for a picture that is shown, such as its image tokens; None
+    for an LLM that does not see.
 
     With `feed_back` the LLM is shown the pictures its own blocks have asked for.
     """
 
     chance: random.Random
     wordings: Sequence[str]
-    see: Callable[[Picture], Tensor | None]
+    see: Callable[[Picture], Any]
     feed_back: bool = False
 
     def wording(self, own: str) -> str:

@@ -1,0 +1,171 @@
+"""Text-to-image models of other kinds in training: SDXL's second text encoder, and models that predict velocity."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from minigpt5_core import conditioning
+from minigpt5_core.conditioning import Conditioning, Space
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.losses import diffusion_loss
+from minigpt5_core.weights import load_mapper
+from trainer.align import AlignRecipe, train_align
+from trainer.backbone import Backbone, Targets, load_backbone
+from trainer.cli import main
+from trainer.data.export import export_stories
+from trainer.finetune import FinetuneRecipe, train_finetune
+from trainer.storybook.diffusion import encode_texts
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
+WIDTHS, POOLED = (16, 24), 20
+
+
+def text_encoder(tokenizer, width):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=POOLED,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config)
+
+
+@pytest.fixture(scope="module")
+def xl_folder(tmp_path_factory):
+    """SDXL's own classes: two tokenizers, two text encoders, a UNet that wants a pooled text and sizes."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=sum(WIDTHS),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4, addition_embed_type="text_time",
+        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + POOLED, norm_num_groups=8,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
+    )  # fmt: skip
+    first, second = (text_encoder(tokenizer, width) for width in WIDTHS)
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    pipeline = StableDiffusionXLPipeline(
+        vae, first.text_model, second, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
+    )
+    folder = tmp_path_factory.mktemp("xl")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def toy_space(monkeypatch):
+    monkeypatch.setitem(conditioning.SPACES, "toy_xl", Space("toy_xl", 77, sum(WIDTHS), POOLED))
+    return "toy_xl"
+
+
+@pytest.fixture
+def recipe(tiny_llm_folder, xl_folder, toy_space, tmp_path):
+    return AlignRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(xl_folder), space=toy_space, steps=3, batch=2, image_from=0.0,
+        preview_every=3, save_every=100, tracker="", data=str(export_stories("jsonl", 2, 3, tmp_path / "data")),
+    )  # fmt: skip
+
+
+def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_path):
+    train_align(recipe, tmp_path / "align")
+    assert (tmp_path / "align" / "preview_000003.png").is_file()
+    named = {name: getattr(recipe, name) for name in ("llm", "diffusion", "space", "data", "tracker")}
+    train_finetune(
+        FinetuneRecipe(**named, steps=2, batch=1, image_from=0.0), tmp_path / "told", tmp_path / "align"
+    )
+    one, other = (load_file(tmp_path / run / "mapper.safetensors") for run in ("align", "told"))
+    assert one["pooled_head.weight"].shape[0] == POOLED
+    assert not torch.equal(one["pooled_head.weight"], other["pooled_head.weight"])
+    mapper, header = load_mapper(tmp_path / "told" / "mapper.safetensors")
+    assert mapper(torch.zeros(1, 8, header.llm_width)).pooled.shape == (1, POOLED)
+
+
+def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_path, xl_folder):
+    train_align(recipe, tmp_path / "pixels")
+    given = ["--format", "jsonl", "--out", str(tmp_path / "cache"), "--diffusion", str(xl_folder)]
+    assert main(["data", "cache", recipe.data, *given]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
+        patched.setattr("trainer.backbone.encode_pictures", lambda *given: pytest.fail("a picture was"))
+        train_align(replace(recipe, cache=str(tmp_path / "cache")), tmp_path / "cached")
+    runs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("pixels", "cached")]
+    assert len(runs[0]) == 3
+    for pixels, cached in zip(*runs, strict=True):
+        assert json.loads(cached) == pytest.approx(json.loads(pixels), rel=1e-5)
+
+
+def test_the_backbone_answers_what_its_pipeline_would_ask(xl_folder, tiny_diffusion_folder):
+    plain = load_backbone(tiny_diffusion_folder)
+    answer = plain.encode(["a fox", ""])
+    assert torch.equal(answer.tokens, encode_texts(plain.pipeline, ["a fox", ""])) and answer.pooled is None
+    large = load_backbone(xl_folder)
+    answer = large.encode(["a fox", ""])
+    assert answer.tokens.shape == (2, 77, sum(WIDTHS)) and answer.pooled.shape == (2, POOLED)
+    ids = large.pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
+    both = [part(ids, output_hidden_states=True).hidden_states[-2] for part in
+            (large.pipeline.text_encoder, large.pipeline.text_encoder_2)]  # fmt: skip
+    assert torch.allclose(answer.tokens, torch.cat(both, -1), atol=1e-6)
+    assert torch.allclose(answer.pooled, large.pipeline.text_encoder_2(ids).text_embeds, atol=1e-6)
+    assert all(not p.requires_grad for p in large.pipeline.text_encoder_2.parameters())
+
+
+def test_pooled_vectors_count_beside_tokens(xl_folder):
+    targets = Targets(load_backbone(xl_folder), ["a fox", "a bear", "a cat in the snow"])
+    wanted = targets.backbone.encode(["a fox"])
+    assert targets.loss(wanted, ["a fox"], standardised=False).item() == 0
+    moved = Conditioning(wanted.tokens + 1, wanted.pooled + 2)
+    assert targets.loss(moved, ["a fox"], standardised=False).item() == pytest.approx(1 + 4, rel=1e-5)
+
+
+def test_velocity_is_weighed_so_that_it_counts_as_the_noise_it_implies(tiny_diffusion_folder):
+    torch.manual_seed(0)
+    clean, noise, velocity = (torch.randn(3, 4, 2, 2) for _ in range(3))
+    alpha = torch.tensor([0.9, 0.5, 0.05])
+    signal, rest = (x.sqrt()[:, None, None, None] for x in (alpha, 1 - alpha))
+    implied = rest * (signal * clean + rest * noise) + signal * velocity  # the noise that velocity stands for
+    snr = alpha / (1 - alpha)
+    as_noise = diffusion_loss(implied, noise, snr)
+    as_velocity = diffusion_loss(velocity, signal * noise - rest * clean, snr, velocity=True)
+    assert as_noise.item() == pytest.approx(as_velocity.item(), rel=1e-5)
+
+
+def test_a_model_that_predicts_velocity_is_asked_for_it(tiny_diffusion_folder):
+    backbone = load_backbone(tiny_diffusion_folder)
+    backbone.pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    backbone = Backbone(backbone.pipeline)
+    latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    steps, answer = torch.tensor([10, 900]), backbone.encode(["a fox", "a bear"])
+    with torch.no_grad():
+        found = backbone.loss(answer, latents, noise, steps, 5.0)
+        alpha = backbone.noise.alphas_cumprod[steps][:, None, None, None]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+        errors = (
+            (backbone.pipeline.unet(noisy, steps, answer.tokens).sample - velocity).square().mean((1, 2, 3))
+        )
+    snr = (alpha / (1 - alpha)).flatten()
+    assert found.item() == pytest.approx((errors * snr.clamp(max=5) / (snr + 1)).mean().item(), rel=1e-4)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(sample_size=8, block_out_channels=(32,), **blocks)
+    DDIMPipeline(unet, EulerDiscreteScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(BadInputError, match="holds a DDIMPipeline; mappers are trained for StableDiffusion"):
+        load_backbone(tmp_path)

@@ -1,0 +1,209 @@
+"""A step split among processes, or into parts: the same examples, losses and gradient as in one piece."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from minigpt5_core.errors import BadInputError
+from trainer.align import AlignRecipe, train_align
+from trainer.data.export import export_stories
+from trainer.data.stream import Stream
+from trainer.data.tasks import Task
+from trainer.examples import RecordSource, Share, StorybookSource
+from trainer.finetune import FinetuneRecipe, train_finetune
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
+    return AlignRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=8, steps=4, batch=4,
+        image_from=0.0, preview_every=100, save_every=100, dropout=0.3, tracker="",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def finetune_recipe(tiny_llm_folder, tiny_diffusion_folder, tmp_path):
+    return FinetuneRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), steps=4, batch=4, captions=3, lora_dropout=0.0,
+        image_from=0.0, preview_every=100, save_every=100, dropout=0.3, tracker="",
+        data=str(export_stories("jsonl", 6, 3, tmp_path / "data")),
+    )  # fmt: skip
+
+
+def curve(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_curve(first, second, tolerance=1e-4):
+    one, other = curve(first), curve(second)
+    assert len(one) == len(other) > 0
+    for here, there in zip(one, other, strict=True):
+        assert here.keys() == there.keys()
+        assert all(here[name] == pytest.approx(there[name], rel=tolerance) for name in here), (here, there)
+
+
+def same_weights(first, second, atol):
+    for name in ("mapper.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(out / name) for out in (first, second))
+        assert one.keys() == other.keys()
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=atol)
+
+
+def as_text(examples):
+    return [([turn.text for turn in one.turns], [shown.seed for shown in one.shows]) for one in examples]
+
+
+@pytest.mark.parametrize("kind", ["world", "records"])
+def test_processes_share_what_one_draws_and_draw_nothing_twice(kind, tiny_llm, tmp_path):
+    path = export_stories("jsonl", 8, 3, tmp_path / "data")
+
+    def source():
+        if kind == "world":
+            return StorybookSource(tiny_llm, 8, 3, 0.5)
+        tasks = {"story": Task(), "picture_from_text": Task()}
+        return RecordSource(tiny_llm, Stream(path, "jsonl", 5), tasks)
+
+    whole, first, second = source(), source(), source()
+    for step in range(5):
+        one, *halves = (
+            as_text(some.draw(5, random.Random(step), share))
+            for some, share in ((whole, Share()), (first, Share(0, 2)), (second, Share(1, 2)))
+        )
+        assert halves == [one[0::2], one[1::2]]
+        assert len({str(example) for example in one}) == 5
+
+
+def test_parts_of_a_batch_give_the_whole_batchs_gradient(align_recipe, finetune_recipe, tmp_path):
+    train_align(align_recipe, tmp_path / "whole")
+    train_align(replace(align_recipe, accumulation=3), tmp_path / "parts")
+    same_curve(tmp_path / "whole", tmp_path / "parts")
+    train_finetune(finetune_recipe, tmp_path / "told")
+    train_finetune(replace(finetune_recipe, accumulation=4), tmp_path / "told_parts")
+    assert {"text", "caption_text", "caption", "image"} < set(curve(tmp_path / "told")[0])
+    same_curve(tmp_path / "told", tmp_path / "told_parts")
+
+
+def command(stage, recipe, out, processes, *options):
+    named = {name: value for name, value in vars(recipe).items() if value != getattr(type(recipe)(), name)}
+    settings = [f"--set={name}={json.dumps(value)}" for name, value in named.items()]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options]
+    return [sys.executable, *launch, "-m", "trainer", stage, "--out", str(out), *settings]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_recipe, tmp_path):
+    recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
+    run(recipe, tmp_path / "one")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(stage, recipe, tmp_path / "two", 2),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 4/4") == 1  # one of them speaks
+    same_curve(tmp_path / "one", tmp_path / "two")
+    same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_process_starts_again_from_its_newest_state(align_recipe, tmp_path):
+    recipe = replace(align_recipe, steps=30, save_every=2)
+    process = subprocess.Popen(
+        command("align", recipe, tmp_path / "two", 2, "--max_restarts", "1"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "two/states/step_000004/step.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "trainer align"], capture_output=True, text=True
+    )
+    os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
+    errors = process.communicate(timeout=280)[1]
+    assert process.returncode == 0, errors[-3000:]
+    train_align(recipe, tmp_path / "one")
+    same_curve(tmp_path / "one", tmp_path / "two")
+    assert [line["step"] for line in curve(tmp_path / "two")] == list(range(1, 31))
+
+
+def test_more_processes_than_examples_are_refused(align_recipe, tmp_path):
+    with pytest.raises(BadInputError, match="batch is 4, for 1 processes with 5 parts each.*Set batch=5"):
+        train_align(replace(align_recipe, accumulation=5), tmp_path)
+
+
+def test_the_result_is_the_average_over_the_steps(align_recipe, tmp_path):
+    recipe = replace(align_recipe, ema_decay=0.5, save_every=1, keep=10)
+    train_align(recipe, tmp_path / "run")
+    states = [load_file(tmp_path / f"run/states/step_00000{n}/model.safetensors") for n in (1, 2, 3, 4)]
+    name = "mapper.queries"
+    train_align(replace(recipe, steps=1, warmup=0.0, mapper_rate=0.0, row_rate=0.0), tmp_path / "start")
+    average = load_file(tmp_path / "start/states/step_000001/model.safetensors")[name]
+    for step, state in enumerate(states):  # the decay grows to its full value: Karras et al.'s warm-up
+        decay = min(0.5, 1 - (1 + step) ** -0.75) if step else 0.0
+        average = decay * average + (1 - decay) * state[name]
+    found = load_file(tmp_path / "run" / "mapper.safetensors")["queries"]
+    torch.testing.assert_close(found, average, rtol=1e-5, atol=1e-6)
+    assert (found - states[-1][name]).abs().max() > 1e-5
+
+
+def test_an_average_goes_on_where_it_stood(align_recipe, tmp_path):
+    recipe = replace(align_recipe, ema_decay=0.9, save_every=2)
+    train_align(recipe, tmp_path / "whole")
+    train_align(recipe, tmp_path / "parts")
+    newest = tmp_path / "parts" / "states" / "step_000004"
+    newest.rename(tmp_path / "gone")
+    train_align(recipe, tmp_path / "parts", resume=True)
+    same_weights(tmp_path / "whole", tmp_path / "parts", atol=0)
+
+
+def test_checkpointing_changes_no_number(finetune_recipe, tmp_path):
+    train_finetune(finetune_recipe, tmp_path / "plain")
+    train_finetune(replace(finetune_recipe, gradient_checkpointing=True), tmp_path / "saving")
+    same_curve(tmp_path / "plain", tmp_path / "saving", tolerance=1e-5)
+    with pytest.raises(BadInputError, match="does not go with adapter=prefix"):
+        train_finetune(replace(finetune_recipe, gradient_checkpointing=True, adapter="prefix"), tmp_path)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate takes a process's first precision for good."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_bf16_trains_close_to_float32_and_keeps_float32_weights(finetune_recipe, tmp_path, fresh_accelerate):
+    train_finetune(finetune_recipe, tmp_path / "full")
+    fresh_accelerate(reset_partial_state=True)
+    train_finetune(replace(finetune_recipe, precision="bf16"), tmp_path / "half")
+    first, half = (curve(tmp_path / name)[0] for name in ("full", "half"))
+    assert all(half[name] == pytest.approx(first[name], rel=0.05) for name in first)
+    assert any(half[name] != first[name] for name in first)
+    mapper = load_file(tmp_path / "half" / "mapper.safetensors")
+    assert {tensor.dtype for tensor in mapper.values()} == {torch.float32}
+
+
+def test_an_optimiser_that_is_not_installed_is_named(align_recipe, tmp_path):
+    with pytest.raises(BadInputError, match="pip install bitsandbytes, or set optimizer=adamw"):
+        train_align(replace(align_recipe, optimizer="adamw8bit"), tmp_path)
+    for wrong in ({"optimizer": "lion"}, {"precision": "fp16"}, {"ema_decay": 1.0}, {"accumulation": 0}):
+        with pytest.raises(BadInputError, match=next(iter(wrong))):
+            replace(align_recipe, **wrong)
