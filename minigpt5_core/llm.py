@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -113,11 +114,16 @@ class FrozenLLM:
 
 
 def load_llm(
-    folder: Path, vokens: int = 8, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    folder: Path,
+    vokens: int = 8,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quantization: Any = None,
 ) -> FrozenLLM:
     """Reads a Hugging Face folder and adds `vokens` rows, each the mean of all others, after its own.
 
-    Raises BadInputError when the folder holds no causal LM that transformers can read from safetensors.
+    `quantization` is one of transformers' configurations, such as BitsAndBytesConfig. Raises BadInputError when the
+    folder holds no causal LM that transformers can read from safetensors.
     """
     if not (folder / "config.json").is_file():
         raise BadInputError(
@@ -131,10 +137,16 @@ def load_llm(
         )
     with reading(f"The LLM in {folder} cannot be read", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    return add_vokens(tokenizer, model.to(device), vokens)
+        if quantization is not None:
+            options = {"quantization_config": quantization, "device_map": {"": device}}
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True
+            ).to(device)
+    return add_vokens(tokenizer, model, vokens)
 
 
 def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int) -> FrozenLLM:

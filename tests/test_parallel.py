@@ -124,10 +124,12 @@ def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_
 
 @pytest.mark.slow
 def test_a_run_that_loses_a_process_starts_again_from_its_newest_state(align_recipe, tmp_path):
-    recipe = replace(align_recipe, steps=30, save_every=2)
+    recipe = replace(align_recipe, steps=14, save_every=2)
+    # or, with torch 2.13, the new processes would find the lost ones' addresses in the old store
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     process = subprocess.Popen(
         command("align", recipe, tmp_path / "two", 2, "--max_restarts", "1"),
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while not (tmp_path / "two/states/step_000004/step.json").is_file():
@@ -141,7 +143,7 @@ def test_a_run_that_loses_a_process_starts_again_from_its_newest_state(align_rec
     assert process.returncode == 0, errors[-3000:]
     train_align(recipe, tmp_path / "one")
     same_curve(tmp_path / "one", tmp_path / "two")
-    assert [line["step"] for line in curve(tmp_path / "two")] == list(range(1, 31))
+    assert [line["step"] for line in curve(tmp_path / "two")] == list(range(1, 15))
 
 
 def test_more_processes_than_examples_are_refused(align_recipe, tmp_path):
@@ -201,9 +203,31 @@ def test_bf16_trains_close_to_float32_and_keeps_float32_weights(finetune_recipe,
     assert {tensor.dtype for tensor in mapper.values()} == {torch.float32}
 
 
-def test_an_optimiser_that_is_not_installed_is_named(align_recipe, tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{"llm_precision": "4bit", "optimizer": "adamw8bit"}, {"llm_precision": "bf16"}]
+)
+def test_an_llm_held_small_learns_and_is_not_changed(finetune_recipe, tmp_path, changes):
+    recipe = replace(finetune_recipe, steps=6, warmup=0.0, **changes)
+    llm, _ = train_finetune(recipe, tmp_path)
+    table = llm.causal_lm.get_base_model() if hasattr(llm.causal_lm, "get_base_model") else llm.causal_lm
+    kept = [part.weight for name, part in table.named_modules() if name.endswith("q_proj.base_layer")]
+    assert {weight.dtype for weight in kept} == {torch.uint8 if "optimizer" in changes else torch.bfloat16}
+    lines = curve(tmp_path)
+    assert lines[-1]["caption"] < lines[0]["caption"]
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
+
+
+def test_what_is_not_installed_is_named(align_recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or set optimizer=adamw"):
         train_align(replace(align_recipe, optimizer="adamw8bit"), tmp_path)
+    monkeypatch.setattr("trainer.stage.find_spec", lambda name: None)
+    with pytest.raises(BadInputError, match="pip install bitsandbytes, or set llm_precision=bf16"):
+        train_align(replace(align_recipe, llm_precision="4bit"), tmp_path)
+
+
+def test_settings_that_are_none_are_refused(align_recipe):
     for wrong in ({"optimizer": "lion"}, {"precision": "fp16"}, {"ema_decay": 1.0}, {"accumulation": 0}):
         with pytest.raises(BadInputError, match=next(iter(wrong))):
             replace(align_recipe, **wrong)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_llm
-from minigpt5_core.llm_files import default_llm
+from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.losses import voken_loss
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn
@@ -33,6 +32,7 @@ from .stage import (
     PictureLosses,
     StageRecipe,
     earlier_mapper,
+    load_frozen_llm,
     new_mapper,
     save_memory,
     step_chance,
@@ -117,8 +117,7 @@ def train_align(
     """
     torch.manual_seed(recipe.seed)
     run = Run(recipe, out, "align", start_accelerator(recipe, out), resume)
-    folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens, device=run.accelerator.device)
+    llm, folder = load_frozen_llm(recipe, run.accelerator.device)
     adapted = adapt(llm, start_from, with_voken_rows).eval()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("trainable_tokens" in name)

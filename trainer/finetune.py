@@ -15,8 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
-from minigpt5_core.llm_files import default_llm
+from minigpt5_core.llm import FrozenLLM, load_sight
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import NEXT, Turn
 
@@ -34,6 +33,7 @@ from .stage import (
     PictureLosses,
     StageRecipe,
     earlier_mapper,
+    load_frozen_llm,
     new_mapper,
     save_memory,
     step_chance,
@@ -163,8 +163,7 @@ def train_finetune(
     """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     torch.manual_seed(recipe.seed)
     run = Run(recipe, out, "finetune", start_accelerator(recipe, out), resume)
-    folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, recipe.vokens, device=run.accelerator.device)
+    llm, folder = load_frozen_llm(recipe, run.accelerator.device)
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))

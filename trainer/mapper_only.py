@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
-from minigpt5_core.llm_files import default_llm
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_sight
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import Turn
 
@@ -33,6 +32,7 @@ from .stage import (
     PictureLosses,
     StageRecipe,
     earlier_mapper,
+    load_frozen_llm,
     new_mapper,
     scale_to,
     step_chance,
@@ -94,8 +94,8 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
     torch.manual_seed(recipe.seed)
     run = Run(recipe, out, "mapper", start_accelerator(recipe, out), resume)
     device = run.accelerator.device
-    folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_adapter(load_llm(folder, recipe.vokens, device=device), start_from / "adapter")
+    llm, folder = load_frozen_llm(recipe, device)
+    llm = load_adapter(llm, start_from / "adapter")
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     backbone = load_backbone(Path(recipe.diffusion)).to(device)

@@ -3,15 +3,18 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from minigpt5_core.conditioning import SPACES, Conditioning, Space
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.llm import FrozenLLM, load_llm
+from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import drop_states
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
 from minigpt5_core.weights import load_mapper
@@ -40,7 +43,8 @@ class StageRecipe:
 
     `batch` counts the examples of a step over all processes; each process takes its share in `accumulation` parts,
     one after the other. The gradient is the same however it is split. `precision` is "float32" or "bf16" (autocast);
-    `optimizer` is "adamw", or "adamw8bit" where bitsandbytes is installed. `ema_decay` above 0 averages what is
+    `llm_precision` how the frozen LLM is held: "float32", "bf16", or "4bit" (NF4). "4bit" and the `optimizer`
+    "adamw8bit" need bitsandbytes. `ema_decay` above 0 averages what is
     trained over the steps, and the average is the result.
 
     Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
@@ -57,6 +61,7 @@ class StageRecipe:
     batch: int = 16
     accumulation: int = 1
     precision: str = "float32"
+    llm_precision: str = "float32"
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     ema_decay: float = 0.0
@@ -85,6 +90,7 @@ class StageRecipe:
         known = {
             "caption_target": ("standardised", "raw"),
             "precision": ("float32", "bf16"),
+            "llm_precision": ("float32", "bf16", "4bit"),
             "optimizer": ("adamw", "adamw8bit"),
         }
         for name, values in known.items():
@@ -209,7 +215,7 @@ class PictureLosses:
             drop_states(state[None], self.recipe.dropout, generator)
             for state, generator in zip(states, generators, strict=True)
         ]
-        answer = self.mapper(torch.cat([kept for kept, _ in parts]))
+        answer = self.mapper(torch.cat([kept for kept, _ in parts]).float())
         losses = {}
         if self.aligned:
             texts = ["" if gone else one.caption for (_, gone), one in zip(parts, shows, strict=True)]
@@ -228,6 +234,23 @@ class PictureLosses:
         steps = torch.cat([torch.randint(0, most, (1,), generator=one) for one in generators])
         noise, steps = noise.to(latents.device), steps.to(latents.device)
         return self.backbone.loss(answer, latents, noise, steps, self.recipe.min_snr_gamma)
+
+
+def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLLM, Path]:
+    """The recipe's LLM, or the default one, as it asks for it to be held; and its folder."""
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    dtype = torch.float32 if recipe.llm_precision == "float32" else torch.bfloat16
+    if recipe.llm_precision != "4bit":
+        return load_llm(folder, recipe.vokens, dtype, device), folder
+    if not find_spec("bitsandbytes"):
+        raise BadInputError(
+            "llm_precision is 4bit, but bitsandbytes is not installed: pip install bitsandbytes, or set "
+            "llm_precision=bf16, which needs four times the memory for the LLM."
+        )
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+    )
+    return load_llm(folder, recipe.vokens, dtype, device, quantization), folder
 
 
 def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> None:
