@@ -86,6 +86,7 @@ def test_processes_share_what_one_draws_and_draw_nothing_twice(kind, tiny_llm, t
         assert len({str(example) for example in one}) == 5
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_give_the_whole_batchs_gradient(align_recipe, finetune_recipe, tmp_path):
     train_align(align_recipe, tmp_path / "whole")
     train_align(replace(align_recipe, accumulation=3), tmp_path / "parts")
@@ -107,6 +108,7 @@ def command(stage, recipe, out, processes, *options):
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_recipe, tmp_path):
     recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
+    recipe = replace(recipe, save_every=2)
     run(recipe, tmp_path / "one")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -118,6 +120,10 @@ def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("step 4/4") == 1  # one of them speaks
+    same_curve(tmp_path / "one", tmp_path / "two")
+    same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4)
+    (tmp_path / "two/states/step_000004").rename(tmp_path / "gone")
+    run(recipe, tmp_path / "two", resume=True)  # what two began, one can end
     same_curve(tmp_path / "one", tmp_path / "two")
     same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4)
 
@@ -166,6 +172,7 @@ def test_the_result_is_the_average_over_the_steps(align_recipe, tmp_path):
     assert (found - states[-1][name]).abs().max() > 1e-5
 
 
+@pytest.mark.slow
 def test_an_average_goes_on_where_it_stood(align_recipe, tmp_path):
     recipe = replace(align_recipe, ema_decay=0.9, save_every=2)
     train_align(recipe, tmp_path / "whole")
@@ -176,6 +183,7 @@ def test_an_average_goes_on_where_it_stood(align_recipe, tmp_path):
     same_weights(tmp_path / "whole", tmp_path / "parts", atol=0)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_number(finetune_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "plain")
     train_finetune(replace(finetune_recipe, gradient_checkpointing=True), tmp_path / "saving")
@@ -192,6 +200,7 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_float32_and_keeps_float32_weights(finetune_recipe, tmp_path, fresh_accelerate):
     train_finetune(finetune_recipe, tmp_path / "full")
     fresh_accelerate(reset_partial_state=True)
@@ -203,6 +212,7 @@ def test_bf16_trains_close_to_float32_and_keeps_float32_weights(finetune_recipe,
     assert {tensor.dtype for tensor in mapper.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"llm_precision": "4bit", "optimizer": "adamw8bit"}, {"llm_precision": "bf16"}]
 )

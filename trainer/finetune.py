@@ -178,7 +178,8 @@ def train_finetune(
     adapted.train()
 
     def draw(step: int) -> list[Batch]:
-        torch.manual_seed(recipe.seed * 1_000_003 + step + training.share.rank)  # LoRA's dropout
+        own = step * training.share.world + training.share.rank
+        torch.manual_seed(recipe.seed * 1_000_003 + own)  # LoRA's dropout
         examples = draw_examples(recipe, llm, source, step, training.share)
         parts = {name: training.split(some) for name, some in examples.items()}
         return [

@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -88,23 +90,36 @@ class Training:
                 f"some would have nothing to do. Set batch={self.share.world * recipe.accumulation} or more."
             )
         optimizer = build_optimizer(recipe, groups)
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, int(recipe.warmup * recipe.steps) * self.share.world, recipe.steps * self.share.world
-        )  # accelerate moves it on by one for each process
         self.trained: nn.Module
         self.optimizer: Optimizer
-        self.schedule: LRScheduler
-        self.trained, self.optimizer, self.schedule = self.accelerator.prepare(trained, optimizer, schedule)
+        self.trained, self.optimizer = self.accelerator.prepare(trained, optimizer)
+        # not prepared: accelerate would move it on by as many steps as there are processes
+        self.schedule = get_cosine_schedule_with_warmup(
+            optimizer, int(recipe.warmup * recipe.steps), recipe.steps
+        )
         self.average = self._averaging() if recipe.ema_decay else None
-        for part in (source, self.average):
+        for part in (self.schedule, source, self.average):
             if part is not None:
                 self.accelerator.register_for_checkpointing(part)
+        self.accelerator.register_save_state_pre_hook(self._save_unwrapped)
+        self.accelerator.register_load_state_pre_hook(self._load_unwrapped)
         self.weights = {"image": recipe.image_weight, "caption": recipe.caption_weight}
 
     def _averaging(self) -> EMAModel:
         return EMAModel(
             self.trained.parameters(), decay=self.recipe.ema_decay, use_ema_warmup=True, power=0.75
         )
+
+    def _save_unwrapped(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        """Names the weights as one process does, so that any number of processes can go on from them."""
+        weights[:] = (
+            [self.accelerator.unwrap_model(model).state_dict() for model in models] if weights else []
+        )
+
+    def _load_unwrapped(self, models: list[nn.Module], folder: str) -> None:
+        for model in models:
+            load_model(self.accelerator.unwrap_model(model), Path(folder) / "model.safetensors")
+        models.clear()  # nothing is left for accelerate to load
 
     def split(self, items: Sequence[Any]) -> list[list[Any]]:
         """This process's items in `accumulation` parts."""
