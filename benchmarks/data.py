@@ -36,7 +36,7 @@ STORIES, SEED = 20, 0  # that the rows repeat
 TOLD = 50  # stories whose tokens are counted
 FEW = 1000  # rows of the small data set
 SHARD = 10_000  # samples
-LONGEST = 240  # seconds of a pass; a fifth of the rows is streamed where it would take longer
+LONGEST = 900  # seconds that one pass may take before fewer rows are taken
 FORMATS = ("folder", "folder-metadata", "jsonl", "cc3m", "webdataset", "vist", "mmdialog")
 
 

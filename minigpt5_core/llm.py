@@ -137,15 +137,12 @@ def load_llm(
         )
     with reading(f"The LLM in {folder} cannot be read", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        if quantization is not None:
-            options = {"quantization_config": quantization, "device_map": {"": device}}
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **options
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True
-            ).to(device)
+        small = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **small
+        )
+        if not quantization:  # which lies where it belongs, and is not to be moved
+            model = model.to(device)
     return add_vokens(tokenizer, model, vokens)
 
 

@@ -141,6 +141,21 @@ def test_vist_says_which_image_id_has_no_file(exported, tmp_path):
     assert "expected a list" in second.why
 
 
+def test_a_vist_file_is_read_as_far_as_it_is_whole(exported, tmp_path):
+    """No more than a story is held at a time, so what is broken behind is found on the way."""
+    whole = exported["vist"].read_text()
+    copy = exported["vist"].with_name("half_cleaned.json")
+    mapping = exported["vist"].with_name("train_image_mapping.json")
+    mapping.with_name("half_image_mapping.json").write_text(mapping.read_text())
+    copy.write_text(whole[: len(whole) * 2 // 3])
+    *rows, last = read(copy, "vist")
+    assert rows and all(isinstance(row, Record) for row in rows) and len(rows) < len(json.loads(whole))
+    assert "the JSON is broken" in last.why and last.where == f"half_cleaned.json: after {rows[-1].id}"
+    copy.write_text("[]")
+    with pytest.raises(BadInputError, match="does not begin as one JSON object"):
+        list(read(copy, "vist"))
+
+
 def test_a_folder_may_hold_its_captions_in_one_file(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     for name, content in {

@@ -227,6 +227,15 @@ def test_another_model_finds_nothing_of_the_first_ones(tmp_path, pipeline, llm, 
     assert (features.found, features.missed) == (2, 1)
 
 
+def test_a_cache_says_when_it_has_nothing_of_what_was_asked(data, tmp_path, pipeline, llm):
+    filled(data, tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features.target("never heard of")
+    assert "nothing of what was asked for" in features.told() and "--diffusion" in features.told()
+    features.target("")
+    assert features.told() == "cache: 1 values found, 1 computed"
+
+
 def test_an_llm_that_does_not_see_has_no_tokens(data, tmp_path, pipeline, llm):
     filled(data, tmp_path / "cache", pipeline, llm)
     picture, _ = pictured(data)[0]

@@ -1,6 +1,7 @@
 """The recipes for real data sets and large models run as they are, but for their size: tiny models, two steps."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_recipe_has_work_for_the_gpus_it_speaks_of(name):
+    text = (RECIPES / f"{name}.toml").read_text()
+    recipe = tomllib.loads(text)
+    gpus = 4 if "of four GPUs" in text else 1
+    assert recipe["batch"] >= gpus * recipe["accumulation"]
+    assert max(map(len, text.splitlines())) <= 120
 
 
 @pytest.mark.parametrize("name", NAMED)

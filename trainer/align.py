@@ -55,6 +55,14 @@ class AlignRecipe(StageRecipe):
     captions: int = 3000
     stories: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_checkpointing and not self.data:
+            raise BadInputError(
+                "gradient_checkpointing needs data: the storybook's captions are trained on from keys and values that "
+                "were computed once, of which nothing is left to save. Leave it out."
+            )
+
 
 def caption_states(count: int, seed: int) -> dict[str, State]:
     """`count` different captions with the states they describe, none held out."""
@@ -136,7 +144,7 @@ def train_align(
         {"params": trainable(adapted), "lr": recipe.row_rate, "weight_decay": 0.0},
         {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
     ]
-    training = Training(run, trained, groups, source)
+    training = Training(run, trained, groups, source, features)
     draw_examples = source.draw if source else cached_draw(llm, recipe)
 
     def draw(step: int) -> list[Batch]:
@@ -158,6 +166,8 @@ def train_align(
 
     @torch.no_grad()
     def preview(step: int) -> None:
+        if not shown_first:
+            return
         states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
         run.preview(step, backbone.draw(mapper(states), mapper.negative()))
 
@@ -178,7 +188,7 @@ def preview_examples(recipe: StageRecipe) -> list[list[Turn]]:
             turns += [
                 [Turn(scene.caption or scene.text, "")]
                 for scene in row.scenes
-                if scene.picture and scene.text
+                if scene.picture and (scene.caption or scene.text)
             ]
         if len(turns) >= 8:
             break

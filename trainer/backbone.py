@@ -37,7 +37,12 @@ class Backbone:
         self.features: Features | None = None
         self.xl = isinstance(pipeline, StableDiffusionXLPipeline)
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.velocity = self.noise.config.prediction_type == "v_prediction"
+        kind = self.noise.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise BadInputError(
+                f"The diffusion model predicts {kind!r}; only epsilon and v_prediction are trained on."
+            )
+        self.velocity = kind == "v_prediction"
 
     @property
     def side(self) -> int:
@@ -98,18 +103,22 @@ class Backbone:
 
     @torch.no_grad()
     def draw(self, positive: Conditioning, negative: Conditioning, seed: int = 0) -> list[Image.Image]:
-        """A picture for each conditioning, in 15 steps, guided away from the one negative."""
-        count = len(positive.tokens)
-        away = Conditioning(
-            negative.tokens.expand(count, -1, -1),
-            None if negative.pooled is None else negative.pooled.expand(count, -1),
-        )
-        return self.pipeline(
-            **prompt_arguments(positive, away),
-            num_inference_steps=15,
-            guidance_scale=3.0,
-            generator=torch.Generator().manual_seed(seed),
-        ).images
+        """A picture for each conditioning, guided away from the one negative; drawn one by one, to save memory."""
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            self.pipeline(
+                **prompt_arguments(_batch_of_one(positive, index), negative),
+                num_inference_steps=15,
+                guidance_scale=3.0,
+                generator=generator,
+            ).images[0]
+            for index in range(len(positive.tokens))
+        ]
+
+
+def _batch_of_one(answer: Conditioning, index: int) -> Conditioning:
+    pooled = None if answer.pooled is None else answer.pooled[index : index + 1]
+    return Conditioning(answer.tokens[index : index + 1], pooled)
 
 
 def _row(answer: Conditioning, index: int) -> Conditioning:
@@ -134,6 +143,8 @@ def load_backbone(folder: Path) -> Backbone:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
+    pipeline.vae.enable_slicing()  # a batch of large pictures at once would need more than training does
+    pipeline.safety_checker = None  # not asked in training, and larger than SD 1.5's text encoder
     return Backbone(pipeline)
 
 

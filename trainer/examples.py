@@ -197,7 +197,8 @@ class RecordSource:
         fresh = Stream(self.stream.path, self.stream.layout, self.stream.seed)
         found: list[str] = []
         for record in fresh:
-            found += [scene.caption or scene.text for scene in record.scenes if scene.picture and scene.text]
+            said = [scene.caption or scene.text for scene in record.scenes if scene.picture]
+            found += [text for text in said if text]
             if len(found) >= count or fresh.epoch:
                 return found[:count]
         raise AssertionError("a stream does not end")

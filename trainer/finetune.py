@@ -150,10 +150,9 @@ def preview_stories(recipe: FinetuneRecipe) -> list[list[Turn]]:
     if not recipe.data:
         told = [[(s.request, s.text) for s in scenes] for scenes in islice(stories(0, "test"), 2)]
     else:
-        records = (row for row in read(Path(recipe.data), recipe.format) if isinstance(row, Record))
-        told = [
-            [(NEXT, s.text) for s in record.scenes if s.picture and s.text] for record in islice(records, 2)
-        ]
+        rows = (row for row in read(Path(recipe.data), recipe.format) if isinstance(row, Record))
+        records = ([(NEXT, s.text) for s in row.scenes if s.picture and s.text] for row in rows)
+        told = list(islice((scenes for scenes in records if scenes), 2))
     return [[Turn(request, text) for request, text in scenes[:4]] for scenes in told if scenes]
 
 
@@ -169,12 +168,13 @@ def train_finetune(
     adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
     backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
     save_memory(recipe, adapted, backbone)
-    source = examples_of(recipe, llm, use_cache(recipe, backbone, llm))
+    features = use_cache(recipe, backbone, llm)
+    source = examples_of(recipe, llm, features)
     targets = Targets(backbone, source.captions(1000))
     mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
     picture_losses = PictureLosses(recipe, mapper, targets)
     trained = Trained(mapper, trainable(adapted), lambda told: told_losses(llm, told, picture_losses))
-    training = Training(run, trained, parameter_groups(recipe, adapted, mapper), source)
+    training = Training(run, trained, parameter_groups(recipe, adapted, mapper), source, features)
     adapted.train()
 
     def draw(step: int) -> list[Batch]:
@@ -196,6 +196,8 @@ def train_finetune(
     @torch.no_grad()
     def preview(step: int) -> None:
         """The first scenes of two stories, their true sentences given."""
+        if not shown_first:
+            return
         adapted.eval()
         states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
         run.preview(step, backbone.draw(mapper(states), mapper.negative()))

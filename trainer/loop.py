@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.mapper import Mapper
 
+from .data.cache import CachedFeatures
 from .examples import Share
 from .explain import plot_losses
 from .progress import Progress, Terminated, TrainingError, interrupts
@@ -80,8 +81,16 @@ def build_optimizer(recipe: StageRecipe, groups: list[dict[str, Any]]) -> Optimi
 class Training:
     """What learns, how, and where it stands; prepared for however many processes there are."""
 
-    def __init__(self, run: Run, trained: Trained, groups: list[dict[str, Any]], source: Any = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        trained: Trained,
+        groups: list[dict[str, Any]],
+        source: Any = None,
+        features: CachedFeatures | None = None,
+    ) -> None:
         self.run, self.recipe, self.accelerator = run, run.recipe, run.accelerator
+        self.features = features
         recipe = self.recipe
         self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
         if recipe.batch < self.share.world * recipe.accumulation:
@@ -153,10 +162,17 @@ class Training:
         # a parameter that no loss has reached is waited for in vain by the other processes
         total = 0.0 * torch.stack([parameter.sum() for parameter in self.trained.parameters()]).sum()
         for name, loss in losses.items():
-            # text losses of several kinds weigh alike; processes' gradients are averaged, these are to be summed
-            weight = self.weights.get(name, self.recipe.text_weight)
-            total = total + weight * shares[name] * self.share.world * loss
+            # processes' gradients are averaged; these are to be summed
+            total = total + self._weight(name) * shares[name] * self.share.world * loss
         return total
+
+    def _weight(self, name: str) -> float:
+        """Text losses of several kinds weigh alike."""
+        return self.weights.get(name, self.recipe.text_weight)
+
+    def weighted(self, losses: dict[str, float]) -> float:
+        """What is minimised: the losses, weighed."""
+        return sum(self._weight(name) * loss for name, loss in losses.items())
 
     def _totals(self, batches: Sequence[Batch]) -> dict[str, float]:
         counts: dict[str, float] = {}
@@ -186,8 +202,10 @@ class Training:
         parameters = list(self.trained.parameters())
         self.average.store(parameters)
         self.average.copy_to(parameters)
-        yield
-        self.average.restore(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
 
 
 def descend(
@@ -222,6 +240,8 @@ def train(
     """
     run, recipe, main = training.run, training.recipe, training.accelerator.is_main_process
     start = run.resume() if run.resuming else 0
+    if training.average is not None:
+        training.average.to(training.accelerator.device)  # a saved one comes back on the CPU
     progress = Progress(recipe.steps, start=start)
     since: list[float] = []  # the last save
     with interrupts() as interrupted:
@@ -234,18 +254,20 @@ def train(
                     "from there with --resume."
                 ) from error
             stops = training.stops(bool(interrupted))
-            since.append(sum(losses.values()))
+            since.append(training.weighted(losses))
             if main:
                 progress.update(step, recipe.batch, **losses)
                 run.log(step, losses)
-            if step % recipe.preview_every == 0 and main:
-                with training.averaged():
-                    preview(step)
+                if step == start + 1 and training.features is not None:
+                    print(training.features.told(), flush=True)
             if step % recipe.save_every == 0 or step == recipe.steps or stops:
                 run.save_state(step, sum(since) / len(since))
                 since = []
                 if main:
                     plot_losses(run.metrics(), run.out / "losses.png")
+            if step % recipe.preview_every == 0 and main:
+                with training.averaged():
+                    preview(step)
             if stops:
                 if main:
                     print(f"interrupted: {run.safe()} Go on with --resume.")

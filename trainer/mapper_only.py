@@ -51,6 +51,19 @@ class MapperRecipe(StageRecipe):
     image_adapter: str = ""
     shown_share: float = 0.3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("data", "tasks", "cache", "gradient_checkpointing"):
+            if getattr(self, name):
+                raise BadInputError(
+                    f"{name} is set, but a mapper by itself is trained on the storybook's world, on states that are "
+                    "computed once. Leave it out, or finetune on your data."
+                )
+        if self.llm_precision == "4bit":
+            raise BadInputError(
+                "llm_precision is 4bit, onto which no adapter can be laid. Set bf16 or float32."
+            )
+
 
 @dataclass(frozen=True)
 class Remembered:

@@ -130,7 +130,9 @@ class Run:
 
     def _drop_old(self) -> None:
         kept = self.kept()
-        best = min(kept, key=lambda step: kept[step])
+        # before all losses have joined in, their sum is smaller and tells nothing
+        whole = [step for step in kept if self.recipe.draws(step)] or list(kept)
+        best = min(whole, key=lambda step: kept[step])
         for step in sorted(kept)[: -self.recipe.keep]:
             if step != best:
                 shutil.rmtree(self._state(step), ignore_errors=True)

@@ -184,7 +184,6 @@ def use_cache(recipe: StageRecipe, backbone: Backbone, llm: FrozenLLM) -> Cached
         return None
     features = CachedFeatures(Path(recipe.cache), backbone.pipeline, llm)
     backbone.features = features
-    print(f"cache: {len(features.cache)} values in {recipe.cache}")
     for file, why in features.cache.ignored.items():
         print(f"cache: {file.name} is left out: {why}")
     return features
@@ -254,7 +253,8 @@ def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLL
 
 
 def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> None:
-    """Gradient checkpointing of LLM and UNet where the recipe asks for it: a third more time, a layer's memory."""
+    """Gradient checkpointing of LLM and UNet where the recipe asks for it: half as much time again, as nothing of
+    them but the gradient's way through is computed for frozen weights; and a layer's memory."""
     if not recipe.gradient_checkpointing:
         return
     if adapted.peft_config["default"].peft_type == PeftType.PREFIX_TUNING:
@@ -262,8 +262,11 @@ def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> 
             "gradient_checkpointing does not go with adapter=prefix: transformers leaves keys and values that stand in "
             "front out of a layer that is computed twice. Set gradient_checkpointing=false, or adapter=lora."
         )
-    adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    adapted.train()  # in a model that is only used nothing is computed twice
+    model = adapted.get_base_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        # in a model that is only used nothing is computed twice; dropout stays as it was
+        layer.training |= getattr(layer, "gradient_checkpointing", False)
     backbone.pipeline.unet.enable_gradient_checkpointing()
 
 

@@ -166,6 +166,15 @@ class CachedFeatures:
         self.keys = FeatureKeys(pipeline, llm)
         self.found = self.missed = 0
 
+    def told(self) -> str:
+        """How much of what was asked for it had, and what to do when that is nothing."""
+        if self.found:
+            return f"cache: {self.found} values found, {self.missed} computed"
+        return (
+            f"cache: nothing of what was asked for is in {self.cache.folder}. It was made for other data, or for "
+            "another model: python -m trainer data cache with the --diffusion of this training."
+        )
+
     def latents(self, picture: Picture) -> Tensor | None:
         """(C, h, w): scaled latents of the middle square, as `encode_pictures` gives them."""
         return self._picture(self.keys.latents, picture)

@@ -6,6 +6,7 @@ A run that was ended goes on where it stood: Ctrl-C and SIGTERM write what is co
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -59,17 +60,21 @@ def cache_features(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInputError(f"No folder can be made at {out}: {error}. Name another for --out.") from error
-    built = fill(path, layout, out, load_backbone(diffusion), load_seeing(llm, sight))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = load_backbone(diffusion).to(device)
+    built = fill(path, layout, out, backbone, load_seeing(llm, sight, device))
     print(summary(built, path, out))
     return built
 
 
-def load_seeing(folder: Path | None, sight: Path | None) -> FrozenLLM | None:
+def load_seeing(
+    folder: Path | None, sight: Path | None, device: torch.device | str = "cpu"
+) -> FrozenLLM | None:
     """The LLM that sees by `sight`, or None without one."""
     if sight is None:
         return None
     folder = folder or default_llm()
-    return load_sight(load_llm(folder), folder, chosen=sight)
+    return load_sight(load_llm(folder, device=device), folder, chosen=sight)
 
 
 def fill(path: Path, layout: str, out: Path, backbone: Backbone, llm: FrozenLLM | None) -> Built:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ijson
+
 from minigpt5_core.errors import BadInputError
 
 from .records import Broken, Picture, Record, Row, Scene
@@ -22,7 +24,7 @@ class _Trouble(Exception):
 def read(path: Path, layout: str) -> Iterator[Row]:
     """The rows of `path` (an annotation file or a folder) in their order; BadInputError when there is nothing to read.
 
-    No more than a row is held at a time, but for VIST, whose annotation is one JSON object.
+    No more than a row is held at a time, but for VIST's mapping of image ids to files and the names in a folder.
     """
     if layout not in FORMATS:
         raise BadInputError(f"Unknown format {layout!r}. Known: {', '.join(FORMATS)}.")
@@ -227,9 +229,24 @@ def read_vist(path: Path) -> Iterator[Row]:
     mapping_file = path.with_name(path.name.replace("_cleaned", "_image_mapping"))
     if mapping_file == path or not mapping_file.is_file():
         raise BadInputError(f"{path} needs {mapping_file.name} beside it. {WANTED['vist']}")
-    stories, files = _whole(path), _whole(mapping_file)
-    for key, rows in stories.items():
-        yield _row(f"{path.name}:{key}", _vist_story, path, key, rows, files)
+    _one_object(path)
+    files, last = _whole(mapping_file), "the first story"
+    with path.open("rb") as file:
+        try:
+            for key, rows in ijson.kvitems(file, "", use_float=True):
+                yield _row(f"{path.name}:{key}", _vist_story, path, key, rows, files)
+                last = key
+        except ijson.JSONError as error:
+            yield Broken(
+                f"{path.name}: after {last}", f"the JSON is broken, what stands behind is lost: {error}"
+            )
+
+
+def _one_object(path: Path) -> None:
+    with path.open("rb") as file:
+        first = file.read(1000).lstrip()[:1]
+    if first != b"{":
+        raise BadInputError(f"{path} does not begin as one JSON object. {WANTED['vist']}")
 
 
 def _vist_story(path: Path, key: str, rows: Any, files: dict[str, str], where: str) -> Record:
