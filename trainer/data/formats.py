@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class _Trouble(Exception):
 def read(path: Path, layout: str) -> Iterator[Row]:
     """The rows of `path` (an annotation file or a folder) in their order; BadInputError when there is nothing to read.
 
-    No more than a row is held at a time, but for VIST's mapping of image ids to files and the names in a folder.
+    No more than a row is held at a time, but for the names in a plain folder.
     """
     if layout not in FORMATS:
         raise BadInputError(f"Unknown format {layout!r}. Known: {', '.join(FORMATS)}.")
@@ -230,11 +231,11 @@ def read_vist(path: Path) -> Iterator[Row]:
     if mapping_file == path or not mapping_file.is_file():
         raise BadInputError(f"{path} needs {mapping_file.name} beside it. {WANTED['vist']}")
     _one_object(path)
-    files, last = _whole(mapping_file), "the first story"
+    find, last = _files(mapping_file), "the first story"
     with path.open("rb") as file:
         try:
             for key, rows in ijson.kvitems(file, "", use_float=True):
-                yield _row(f"{path.name}:{key}", _vist_story, path, key, rows, files)
+                yield _row(f"{path.name}:{key}", _vist_story, path, key, rows, find)
                 last = key
         except ijson.JSONError as error:
             yield Broken(
@@ -249,25 +250,34 @@ def _one_object(path: Path) -> None:
         raise BadInputError(f"{path} does not begin as one JSON object. {WANTED['vist']}")
 
 
-def _vist_story(path: Path, key: str, rows: Any, files: dict[str, str], where: str) -> Record:
+def _files(mapping: Path) -> Callable[[str], str | None]:
+    """Finds the file of an image id, in a database on disk: there may be five times as many as stories."""
+    _one_object(mapping)
+    database = sqlite3.connect("", check_same_thread=False)  # goes with this process
+    database.execute("create table files (id text primary key, name text) without rowid")
+    with mapping.open("rb") as file:
+        try:
+            rows = ((key, name if isinstance(name, str) else "") for key, name in ijson.kvitems(file, ""))
+            database.executemany("insert or replace into files values (?, ?)", rows)
+        except ijson.JSONError as error:
+            raise BadInputError(f"{mapping} cannot be read: {error}.") from error
+
+    def find(identity: str) -> str | None:
+        row = database.execute("select name from files where id = ?", (identity,)).fetchone()
+        return row[0] if row else None
+
+    return find
+
+
+def _vist_story(path: Path, key: str, rows: Any, find: Callable[[str], str | None], where: str) -> Record:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise _Trouble("expected a list of {caption, image_id, sequence_index}")
     scenes = []
     for row in sorted(rows, key=lambda row: row.get("sequence_index", 0)):
-        if (identity := str(row.get("image_id"))) not in files:
+        if (name := find(identity := str(row.get("image_id")))) is None:
             raise _Trouble(f"image id {identity} has no file in the mapping")
-        scenes.append(Scene(_text(row.get("caption"), "caption"), _picture(path.parent, files[identity])))
+        scenes.append(Scene(_text(row.get("caption"), "caption"), _picture(path.parent, name)))
     return Record(key, tuple(scenes), where)
-
-
-def _whole(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInputError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise BadInputError(f"{path} holds a {type(content).__name__}, expected one JSON object.")
-    return content
 
 
 def read_mmdialog(path: Path) -> Iterator[Row]:
