@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
@@ -132,6 +135,37 @@ def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_
     run(recipe, tmp_path / "two", resume=True)  # what two began, one can end
     same_curve(tmp_path / "one", tmp_path / "two")
     same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_an_llm_spread_over_processes_gives_the_loss_curve_of_a_whole_one(
+    stage, align_recipe, finetune_recipe, tmp_path
+):
+    recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
+    recipe = replace(recipe, shard_llm=True, preview_every=4)
+    if stage == "finetune":  # the second process has none of the captions, and runs all the same
+        recipe = replace(recipe, captions=1, gradient_checkpointing=True)
+    run(recipe, tmp_path / "whole")  # one process has nobody to share with
+    done = subprocess.run(
+        command(stage, recipe, tmp_path / "spread", 2),
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    here, whole = (
+        int(found.replace(",", ""))
+        for found in re.search(r"holds (\S+) of its (\S+) par", done.stdout).groups()
+    )
+    assert here < 0.8 * whole  # the embeddings, a large part of so small an LLM, stay whole
+    same_curve(tmp_path / "whole", tmp_path / "spread")
+    same_weights(tmp_path / "whole", tmp_path / "spread", atol=2e-4)
+    assert (tmp_path / "spread/preview_000004.png").is_file()
+
+
+def test_what_accelerate_would_cut_up_is_refused(align_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(BadInputError, match="set up for FSDP.*shard_llm=true"):
+        train_align(align_recipe, tmp_path)
 
 
 @pytest.mark.slow
@@ -256,7 +290,12 @@ def test_what_is_not_installed_is_named(align_recipe, tmp_path, monkeypatch):
 def test_settings_that_do_nothing_are_refused(align_recipe):
     with pytest.raises(BadInputError, match="gradient_checkpointing needs data"):
         replace(align_recipe, gradient_checkpointing=True)
-    for idle in ({"data": "x"}, {"gradient_checkpointing": True}, {"llm_precision": "4bit"}):
+    for idle in (
+        {"data": "x"},
+        {"gradient_checkpointing": True},
+        {"llm_precision": "4bit"},
+        {"shard_llm": True},
+    ):
         with pytest.raises(BadInputError, match=next(iter(idle))):
             MapperRecipe(**idle)
     with pytest.raises(BadInputError, match="cache is set, but data is not"):
@@ -264,6 +303,13 @@ def test_settings_that_do_nothing_are_refused(align_recipe):
 
 
 def test_settings_that_are_none_are_refused(align_recipe):
-    for wrong in ({"optimizer": "lion"}, {"precision": "fp16"}, {"ema_decay": 1.0}, {"accumulation": 0}):
+    small = {"shard_llm": True, "llm_precision": "4bit"}
+    for wrong in (
+        {"optimizer": "lion"},
+        {"precision": "fp16"},
+        {"ema_decay": 1.0},
+        {"accumulation": 0},
+        small,
+    ):
         with pytest.raises(BadInputError, match=next(iter(wrong))):
             replace(align_recipe, **wrong)

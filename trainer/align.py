@@ -28,6 +28,7 @@ from .examples import RecordSource, Share, Shown, shown
 from .loop import Batch, Trained, Training, train
 from .run import Run, start_accelerator
 from .sequences import Told, story_losses, story_sequence, told_losses
+from .sharding import shard
 from .stage import (
     PictureLosses,
     StageRecipe,
@@ -125,10 +126,12 @@ def train_align(
     """
     torch.manual_seed(recipe.seed)
     run = Run(recipe, out, "align", start_accelerator(recipe, out), resume)
-    llm, folder = load_frozen_llm(recipe, run.accelerator.device)
+    llm, folder = load_frozen_llm(recipe, run.llm_device)
     adapted = adapt(llm, start_from, with_voken_rows).eval()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("trainable_tokens" in name)
+    if run.shards:
+        shard(llm, adapted, run.accelerator)
     backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
     save_memory(recipe, adapted, backbone)
     features = use_cache(recipe, backbone, llm)

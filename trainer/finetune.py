@@ -28,6 +28,7 @@ from .examples import Example, RecordSource, Share, Source, StorybookSource, new
 from .loop import Batch, Trained, Training, train
 from .run import Run, start_accelerator
 from .sequences import Told, story_losses, story_sequence, told_losses
+from .sharding import shard
 from .showing import questions
 from .stage import (
     PictureLosses,
@@ -162,10 +163,12 @@ def train_finetune(
     """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
     torch.manual_seed(recipe.seed)
     run = Run(recipe, out, "finetune", start_accelerator(recipe, out), resume)
-    llm, folder = load_frozen_llm(recipe, run.accelerator.device)
+    llm, folder = load_frozen_llm(recipe, run.llm_device)
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
+    if run.shards:
+        shard(llm, adapted, run.accelerator)
     backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
     save_memory(recipe, adapted, backbone)
     features = use_cache(recipe, backbone, llm)

@@ -265,7 +265,7 @@ def train(
                 since = []
                 if main:
                     plot_losses(run.metrics(), run.out / "losses.png")
-            if step % recipe.preview_every == 0 and main:
+            if step % recipe.preview_every == 0 and (main or run.shards):
                 with training.averaged():
                     preview(step)
             if stops:

@@ -53,7 +53,7 @@ class MapperRecipe(StageRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("data", "tasks", "cache", "gradient_checkpointing"):
+        for name in ("data", "tasks", "cache", "gradient_checkpointing", "shard_llm"):
             if getattr(self, name):
                 raise BadInputError(
                     f"{name} is set, but a mapper by itself is trained on the storybook's world, on states that are "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -38,12 +39,18 @@ def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
             f"{tracker} is not installed: pip install {tracker}. metrics.jsonl and losses.png are written without it."
         )
         tracker = None
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if recipe.precision == "bf16" else "no",
         log_with=tracker,
         project_dir=str(out),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise BadInputError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which would cut up what is trained. Leave "
+            "that out of accelerate's settings; a frozen LLM that is too large for a GPU is spread by shard_llm=true."
+        )
+    return accelerator
 
 
 def restarted() -> bool:
@@ -69,6 +76,16 @@ class Run:
             self._begin()
         accelerator.wait_for_everyone()
         accelerator.init_trackers("tensorboard", config=_flat(asdict(recipe)))
+
+    @property
+    def shards(self) -> bool:
+        """Whether the LLM is spread over several processes, none of which can run it alone."""
+        return self.recipe.shard_llm and self.accelerator.num_processes > 1
+
+    @property
+    def llm_device(self) -> torch.device:
+        """Where the LLM is read to: what is to be spread has no room on one device."""
+        return torch.device("cpu") if self.shards else self.accelerator.device
 
     def _begin(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -184,6 +201,8 @@ class Run:
 
     def preview(self, step: int, pictures: list[Image.Image]) -> None:
         """Lays pictures of fixed prompts side by side."""
+        if not self.accelerator.is_main_process:
+            return
         grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
 
 

@@ -12,6 +12,7 @@ from minigpt5_core.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts, gather_voken_states
 
 from .examples import Shown
+from .sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def told_losses(
         if sequences:
             found, losses[name] = story_losses(llm, sequences)
             states.append(found)
+        elif is_sharded(llm):
+            losses[name] = _idle(llm)
     return losses | picture_losses(torch.cat(states), told.shows, told.drawn) if states else losses
 
 
@@ -103,6 +106,11 @@ def _hidden(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
     """(B, S, L) last-layer states."""
     known = llm.begin(len(sequences))
     return llm.decoder(inputs_embeds=_embed(llm, sequences), past_key_values=known).last_hidden_state
+
+
+def _idle(llm: FrozenLLM) -> Tensor:
+    """0, made by a whole forward: a process with nothing to read, so that the others have its part of the weights."""
+    return 0.0 * _hidden(llm, [StorySequence(llm.voken_ids[:1], [IGNORED], [], [])]).sum()
 
 
 def _text_loss(llm: FrozenLLM, sequences: Sequence[StorySequence], hidden: Tensor) -> Tensor:

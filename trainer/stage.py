@@ -43,8 +43,8 @@ class StageRecipe:
 
     `batch` counts the examples of a step over all processes; each process takes its share in `accumulation` parts,
     one after the other. The gradient is the same however it is split. `precision` is "float32" or "bf16" (autocast);
-    `llm_precision` how the frozen LLM is held: "float32", "bf16", or "4bit" (NF4). "4bit" and the `optimizer`
-    "adamw8bit" need bitsandbytes. `ema_decay` above 0 averages what is
+    `llm_precision` how the frozen LLM is held: "float32", "bf16", or "4bit" (NF4); `shard_llm` spreads its layers over
+    the processes. "4bit" and the `optimizer` "adamw8bit" need bitsandbytes. `ema_decay` above 0 averages what is
     trained over the steps, and the average is the result.
 
     Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
@@ -62,6 +62,7 @@ class StageRecipe:
     accumulation: int = 1
     precision: str = "float32"
     llm_precision: str = "float32"
+    shard_llm: bool = False
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
     ema_decay: float = 0.0
@@ -101,6 +102,11 @@ class StageRecipe:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
         if not 0 <= self.ema_decay < 1:
             raise BadInputError(f"ema_decay is {self.ema_decay:g}; it must be 0 (off) or more, and below 1.")
+        if self.shard_llm and self.llm_precision == "4bit":
+            raise BadInputError(
+                "shard_llm does not go with llm_precision=4bit, whose weights cannot be spread. In 4 bits an LLM of 30 "
+                "billion parameters fits on 24 GB; else set llm_precision=bf16."
+            )
         if self.cache and not self.data:
             raise BadInputError(
                 "cache is set, but data is not: the storybook's world is drawn afresh each time."
