@@ -22,11 +22,13 @@ from trainer.cli import main
 from trainer.data.export import export_stories
 from trainer.data.formats import read
 from trainer.data.records import Record
-from trainer.evaluate import ROWS, EvaluateRecipe, evaluate
+from trainer.evaluate import ROWS, EvaluateRecipe, evaluate, single_captions
 from trainer.gallery import Gallery, fingerprint
 from trainer.measure import COLUMNS
 from trainer.recipe import load_recipe
 from trainer.storybook.rows import Drawn
+from trainer.storybook.stories import stories
+from trainer.storybook.world import held_out
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -266,3 +268,16 @@ def test_the_command_line_names_data_format_and_systems(monkeypatch, tmp_path):
     assert main(["evaluate", "--out", str(tmp_path), *arguments]) == 0
     found = (given[0].data, given[0].format, given[0].rows, given[0].stories)
     assert found == ("d.json", "vist", ("vokens", "oracle"), 3)
+
+
+def test_settings_are_chosen_on_stories_that_are_neither_measured_nor_trained_on():
+    chosen, measured = (
+        single_captions(EvaluateRecipe(split=split, captions=30)) for split in ("validation", "test")
+    )
+    assert all(held_out(scene.state) for sheet in measured for scene in sheet)
+    assert not any(held_out(scene.state) for sheet in chosen for scene in sheet)
+    first = {split: next(stories(7, split)) for split in ("train", "validation", "test")}
+    assert not any(held_out(scene.state) for scene in first["validation"])
+    assert len({" ".join(scene.text for scene in told) for told in first.values()}) == 3
+    with pytest.raises(BadInputError, match="split is 'dev'; it can be test or validation"):
+        EvaluateRecipe(split="dev")

@@ -31,7 +31,7 @@ from .storybook import rows
 from .storybook.render import render
 from .storybook.rows import Drawing, Drawn, Row
 from .storybook.scorer import accuracy, load_scorer
-from .storybook.stories import TrueScene, held_out_state, stories
+from .storybook.stories import TrueScene, held_out_state, stories, training_state
 
 ROWS = (
     "vokens", "vokens_reference", "vokens_consistent", "two_stage", "two_stage_history", "two_stage_caption", "oracle",
@@ -47,11 +47,15 @@ class EvaluateRecipe:
     `data` in a `format` is a data set to evaluate on in place of the storybook's world, in the ways that need no more
     than the main parts. There the LLM writes the texts itself, of at most `max_new_tokens`, unless `write` is false;
     `scores` says with which weights what comes out is measured.
+
+    Settings are chosen on the `split` "validation", of stories and captions without held-out combinations that no
+    training draws.
     """
 
     stories: int = 100
     seed: int = 7
-    steps: int = 20
+    split: str = "test"
+    steps: int = 12
     guidance: float = 3.0
     captions: int = 200
     rows: tuple = ROWS
@@ -73,6 +77,8 @@ class EvaluateRecipe:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in ROWS]:
             raise BadInputError(f"rows: unknown {', '.join(unknown)}. Known: {', '.join(ROWS)}.")
+        if self.split not in ("test", "validation"):
+            raise BadInputError(f"split is {self.split!r}; it can be test or validation.")
         for name in ("stories", "steps", "captions"):
             if getattr(self, name) < 1:
                 raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
@@ -87,7 +93,7 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
     processes = PartialState(cpu=not torch.cuda.is_available())
     if recipe.data:
         return _evaluate_data(recipe, out, processes)
-    told = list(islice(stories(recipe.seed, "test"), recipe.stories))
+    told = list(islice(stories(recipe.seed, recipe.split), recipe.stories))
     singles = single_captions(recipe)
     teller = _load(recipe)
     ways = _rows(recipe, teller)
@@ -140,9 +146,10 @@ def _evaluate_data(recipe: EvaluateRecipe, out: Path, processes: PartialState) -
 
 
 def single_captions(recipe: EvaluateRecipe) -> list[list[TrueScene]]:
-    """Captions by themselves, all of held-out combinations, in sheets."""
+    """Captions by themselves, in sheets; in the split "test" all of held-out combinations."""
     draw = random.Random(f"single captions/{recipe.seed}")
-    states = [held_out_state(draw) for _ in range(recipe.captions)]
+    any_state = held_out_state if recipe.split == "test" else training_state
+    states = [any_state(draw) for _ in range(recipe.captions)]
     scenes = [TrueScene(state.caption(), "", state, names_kind=True, names_prop=True) for state in states]
     return [scenes[first : first + SHEET] for first in range(0, len(scenes), SHEET)]
 
@@ -205,7 +212,7 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
 
 def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> Gallery:
     """Where a row's pictures lie; what they were drawn with are all parts, and the row's own."""
-    told = ("seed", "steps", "guidance", "feed_back", "data", "format", "write", "max_new_tokens")
+    told = ("seed", "split", "steps", "guidance", "feed_back", "data", "format", "write", "max_new_tokens")
     settings = {key: getattr(recipe, key) for key in told}
     parts = [
         _path(recipe.mapper) or STORYBOOK / "voken_mappers",

@@ -90,8 +90,8 @@ def _introduction(settings: dict) -> str:
         )
         return f"{settings['stories']} stories of {settings['data']}, {drawn} {written}"
     return (
-        f"{settings['stories']} held-out stories, seed {settings['seed']}, {drawn} Their sentences are given to every "
-        f"row. The scorer is right on {_percents(settings['scorer_accuracy'])} of fresh renders."
+        f"{settings['stories']} {settings['split']} stories, seed {settings['seed']}, {drawn} Their sentences are "
+        f"given to every row. The scorer is right on {_percents(settings['scorer_accuracy'])} of fresh renders."
     )
 
 

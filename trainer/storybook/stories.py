@@ -235,7 +235,8 @@ def story(draw: random.Random) -> list[TrueScene]:
 def stories(seed: int, split: str = "train") -> Iterator[list[TrueScene]]:
     """An endless stream of stories, the same for the same seed.
 
-    A `train` story shows no held-out combination of hero, prop and place; a `test` story shows at least one.
+    A `train` or `validation` story shows no held-out combination of hero, prop and place; a `test` story shows at least
+    one. Nothing is trained on the latter two.
     """
     draw = random.Random(f"{split}/{seed}")
     while True:
