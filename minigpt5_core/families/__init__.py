@@ -13,10 +13,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import BadInputError
 from .base import Family, SeeingFamily
 from .pictures import read_processor
-from .square import Llava
+from .qwen import Qwen3VL, QwenVL
+from .square import Idefics3, InternVL, Llava
 
 FAMILIES: dict[str, type[SeeingFamily]] = {
     "llava": Llava,
+    "idefics3": Idefics3,
+    "smolvlm": Idefics3,
+    "internvl": InternVL,
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+    "qwen3_vl": Qwen3VL,
 }
 
 

@@ -72,7 +72,7 @@ class SeeingFamily(Family):
         self.width = config.get_text_config().hidden_size
         self.processor = processor
         self.prepare(tokenizer)
-        _check_tokens(tokenizer, self.before + self.after)
+        _check_tokens(tokenizer, self.before + self.after + (tokenizer.eos_token or ""))
         self.reply_end = "" if not tokenizer.chat_template or self._ends(tokenizer) else tokenizer.eos_token
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,7 +103,7 @@ class SeeingFamily(Family):
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """BadInputError unless a text is made of special tokens alone."""
+    """BadInputError unless a text is made of tokens that were added to the tokenizer alone."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not set(ids) <= set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
         raise BadInputError(
