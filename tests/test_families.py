@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import (
+    BitsAndBytesConfig,
     CLIPVisionConfig,
     Idefics3Config,
     Idefics3VisionConfig,
@@ -48,12 +49,15 @@ from minigpt5_core.families import FAMILIES
 from minigpt5_core.families.base import Family, placed, stack_positions
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
+from minigpt5_core.pipeline import Parts, load
 from minigpt5_core.prompts import Turn, chat_prompt, chat_text
+from minigpt5_core.story import Story
 from minigpt5_core.vokens import gather_voken_states
 from trainer import align, loop
+from trainer.adapters import save_adapter, trainable, with_prefix
 from trainer.align import AlignRecipe, train_align
 from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.sequences import story_losses, story_sequence
+from trainer.sequences import StorySequence, story_losses, story_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = Path(__file__).with_name("families.md")
@@ -466,6 +470,93 @@ def test_a_saved_adapter_over_a_saved_folder_gives_what_was_trained(kind, folder
     inputs = library_inputs(kind, again, chat_prompt(again, turns_with(again, 2)).spread, (2,))
     assert torch.allclose(again.causal_lm(**inputs).logits, trained.causal_lm(**inputs).logits, atol=1e-3)
     assert not torch.allclose(again.causal_lm(**inputs).logits, load_llm(folder).causal_lm(**inputs).logits)
+
+
+@pytest.mark.slow
+@check("a story told and drawn")
+def test_a_story_is_told_and_what_was_drawn_is_shown(kind, folder, stages, tiny_diffusion_folder):
+    _, run = stages
+    adapter, mapper = (run / "finetune" / name for name in ("adapter", "mapper.safetensors"))
+    teller = load(Parts(llm=folder, adapter=adapter, mapper=mapper, diffusion=tiny_diffusion_folder))
+    story = Story("Mia the fox.", seed=1)
+    scenes = list(teller.tell(story, scenes=2, steps=1, sampling=Sampling(max_new_tokens=6)))
+    assert all(scene.picture is not None for scene in scenes)
+    assert len(teller.llm.seen) == (2 if teller.llm.sees else 0)
+
+
+@pytest.mark.slow
+@check("a learned prefix")
+def test_a_learned_prefix_stands_in_front_in_training_and_in_use(kind, folder, llm, tmp_path):
+    adapted = with_prefix(llm, 3, 8)
+    turns = turns_with(llm, 2, open_end=False)
+    _, loss = story_losses(llm, [story_sequence(llm, turns)])
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in trainable(adapted))
+    save_adapter(adapted, folder, tmp_path / "adapter")
+    again = load_adapter(load_llm(folder), tmp_path / "adapter")
+    start = chat_prompt(again, [*turns_with(again, 1, open_end=False), Turn("Next?")])
+    reply = generate(again, [start], Sampling(max_new_tokens=3, pictures="first"), [0])[0]
+    ids = [*start.spread, *llm.voken_ids]
+    labels = [-100] * (len(ids) - 1) + [0]
+    trained, _ = story_losses(llm, [StorySequence(ids, labels, [len(start.spread)], start.images)])
+    assert torch.allclose(reply.voken_states, trained, atol=1e-4)
+    llm.prefix = None
+    without, _ = story_losses(llm, [StorySequence(ids, labels, [len(start.spread)], start.images)])
+    assert not torch.allclose(trained, without, atol=1e-2)
+
+
+@pytest.mark.slow
+@check("4 bits")
+def test_it_is_held_in_4_bits(kind, folder):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    llm = load_llm(folder, quantization=nf4)
+    assert any(isinstance(layer, bitsandbytes.nn.Linear4bit) for layer in llm.decoder.modules())
+    reply = generate(llm, [chat_prompt(llm, turns_with(llm, 1))], Sampling(max_new_tokens=3), [0])[0]
+    assert reply.voken_states.isfinite().all() and reply.voken_states.abs().sum() > 0
+
+
+@pytest.mark.slow
+@check("ComfyUI's nodes")
+def test_a_node_loads_it_and_shows_it_a_picture(kind, folder, pack, tmp_path):
+    models = tmp_path / "comfyui" / "models" / "LLM"
+    models.mkdir(parents=True)
+    (models / kind).symlink_to(folder, target_is_directory=True)
+    (llm,) = pack.run("MiniGPT5LoadLLM", llm_name=kind, dtype="float32").args
+    (story,) = pack.run("MiniGPT5Story", text="Mia.", image=picture(1)[None]).args
+    given = {"llm": llm, "story": story, "instruction": "", "max_new_tokens": 4}
+    _, _, vokens = pack.run("MiniGPT5StoryTurn", **given).args
+    assert len(vokens.states) == 1
+    assert len(llm.frozen.seen) == (1 if kind in FAMILIES else 0)
+
+
+def test_what_is_kept_of_pictures_goes_by_the_vision_tower_alone(kind, llm):
+    if not llm.sees:
+        pytest.skip("a text-only LLM")
+    parts = llm.family.vision(llm.causal_lm)
+    own = {id(weight) for weight in parts.parameters()}
+    decoder = {id(weight) for weight in llm.decoder.parameters()}
+    head = {id(weight) for weight in llm.causal_lm.get_output_embeddings().parameters()}
+    everything = {id(weight) for weight in llm.causal_lm.parameters()}
+    assert own and not own & (decoder | head) and own | decoder | head == everything
+
+
+def test_what_transformers_4_answers_with_is_read_alike(kind, folder, llm, monkeypatch):
+    if not llm.sees:
+        pytest.skip("a text-only LLM")
+    older = load_llm(folder)
+    plain = older.causal_lm.get_image_features
+
+    def bare(**inputs: Any) -> Any:
+        found = plain(**inputs)
+        if "deepstack_features" in found:
+            return found.pooler_output, [torch.cat(layer) for layer in found.deepstack_features]
+        return found.pooler_output
+
+    monkeypatch.setattr(older.causal_lm, "get_image_features", bare)
+    assert torch.equal(older.see(picture(1)), llm.see(picture(1)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 56), (70, 14), (41, 300)])

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import ModelOutput
 
 from ..errors import BadInputError
 
@@ -110,6 +111,11 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
             f"The tokenizer does not know {text} as special tokens, which this family writes around a picture. Copy "
             "the tokenizer's files from where the model came from."
         )
+
+
+def features(answer: Any) -> Any:
+    """What `get_image_features` found, a row a picture; transformers 4 gives it bare."""
+    return answer.pooler_output if isinstance(answer, ModelOutput) else answer
 
 
 def placed(ids: list[int], pictures: Sequence[Tensor], slot: int | None) -> Iterator[Placed]:

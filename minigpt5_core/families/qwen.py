@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
-from .base import Placed, SeeingFamily
+from .base import Placed, SeeingFamily, features
 from .pictures import normalised, resized
 
 MOST_PIXELS = 448 * 448  # about 200 or 250 image tokens
@@ -51,7 +52,7 @@ class QwenVL(SeeingFamily):
 
     def vectors(self, answer: Any) -> list[Tensor]:
         """The parts of a picture's tokens that the vision tower answers with, (K, L) each."""
-        return [answer.pooler_output[0]]
+        return [features(answer)[0]]
 
     def _pixels(self) -> tuple[int, int]:
         """The fewest and the most a picture may have, which older and newer processors call by different names."""
@@ -92,7 +93,12 @@ class Qwen3VL(QwenVL):
         self.extra = self.layers * self.width + 2
 
     def vectors(self, answer: Any) -> list[Tensor]:
-        return [*super().vectors(answer), *(layer[0] for layer in answer.deepstack_features)]
+        if isinstance(answer, ModelOutput):
+            return [*super().vectors(answer), *(layer[0] for layer in answer.deepstack_features)]
+        pictures, layers = (
+            answer  # transformers 4: the layers' are not cut into pictures, of which there is one
+        )
+        return [*super().vectors(pictures), *layers]
 
     def decoder_inputs(self, inputs: Tensor) -> dict[str, Any]:
         added = inputs[..., self.width : -2].flatten(0, 1).split(self.width, -1)

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .base import SeeingFamily
+from .base import SeeingFamily, features
 from .pictures import middle_square, normalised, resized, side_of
 
 
@@ -17,7 +17,7 @@ class SquareFamily(SeeingFamily):
 
     def see(self, model: PreTrainedModel, picture: Tensor) -> Tensor:
         pixels = normalised(self.square(picture), self.processor).to(model.device, model.dtype)
-        return model.get_image_features(pixel_values=self.batched(pixels)).pooler_output[0]
+        return features(model.get_image_features(pixel_values=self.batched(pixels)))[0]
 
     def batched(self, pixels: Tensor) -> Tensor:
         """One picture's pixels (3, side, side) in the shape that the model takes."""
