@@ -169,10 +169,15 @@ def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, t
     if config["peft_type"] != "LORA":
         return
     for name, module in causal_lm.named_modules():
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in config["target_modules"]:
+        if isinstance(module, nn.Linear) and _is_target(name, config["target_modules"]):
             outputs, inputs = module.weight.shape
             yield f"{PREFIX}{name}.lora_A.weight", (config["r"], inputs)
             yield f"{PREFIX}{name}.lora_B.weight", (outputs, config["r"])
+
+
+def _is_target(name: str, targets: list[str]) -> bool:
+    """As PEFT reads a list of targets: each is a module's whole path, or the end of it."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from .errors import BadInputError
+from .families.base import placed, stack_positions
 from .llm import FrozenLLM
 
 Pictures = Literal["after_text", "when_asked", "first", "none"]
@@ -52,7 +53,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids; each `image_id` among them is one picture's slot, replaced by that picture's (n, L) vectors."""
+    """Token ids; each `image_id` among them is one picture's slot, replaced by that picture's (K, W) tokens."""
 
     ids: list[int]
     images: list[Tensor] = field(default_factory=list)
@@ -62,6 +63,16 @@ class Prompt:
     def length(self) -> int:
         """How many positions it takes, a picture counted with all its vectors."""
         return len(self.ids) + sum(len(image) - 1 for image in self.images)
+
+    @property
+    def spread(self) -> list[int]:
+        """The ids with each picture's slot repeated for all of its tokens."""
+        images = iter(self.images)
+        return [
+            token
+            for slot in self.ids
+            for token in ([slot] * len(next(images)) if slot == self.image_id else [slot])
+        ]
 
 
 @dataclass
@@ -212,8 +223,9 @@ def _advance(
     llm: FrozenLLM, feeder: "_Feeder", rows: list[_Row], feeds: list[list[int]], last: Tensor
 ) -> Tensor:
     """Feeds every row its ids and keeps the states that predict vokens; returns each row's newest state (B, L)."""
-    pieces = [llm.embed(torch.tensor([ids], dtype=torch.long, device=llm.device))[0] for ids in feeds]
-    hidden = feeder.feed(pieces, feeds)
+    embedded = [llm.embed(torch.tensor([ids], dtype=torch.long, device=llm.device))[0] for ids in feeds]
+    pieces = [llm.family.widen(piece) for piece in embedded]
+    hidden = feeder.feed(pieces, feeds, feeder.next_positions(feeds))
     newest = last.clone()
     for index, (row, ids) in enumerate(zip(rows, feeds, strict=True)):
         if llm.voken_ids[0] in ids:
@@ -235,6 +247,7 @@ class _Feeder:
             self.cache.values = llm.begin(rows)
         self.prefixed = self.cache.values.get_seq_length() - len(self.cache.keys)
         self.mask = torch.zeros(rows, 0, dtype=torch.long, device=llm.device)
+        self.next = [0] * rows  # the position of each row's next token
 
     def start(self, prompts: Sequence[Prompt]) -> Tensor:
         """Feeds the prompts, less what the cache already holds; each row's last state, (B, L)."""
@@ -248,32 +261,47 @@ class _Feeder:
         shared = self.cache.reuse(keys[0]) if len(prompts) == 1 else 0
         known = self.prefixed + shared
         self.mask = torch.ones(len(prompts), known, dtype=torch.long, device=self.llm.device)
-        hidden = self.feed([piece[shared:] for piece in pieces], [key[shared:] for key in keys])
+        places = [_positions(self.llm, prompt)[:, shared:] + self.prefixed for prompt in prompts]
+        hidden = self.feed([piece[shared:] for piece in pieces], [key[shared:] for key in keys], places)
         return torch.stack([hidden[row, len(piece) - shared - 1] for row, piece in enumerate(pieces)])
 
-    def feed(self, pieces: list[Tensor], keys: list[list]) -> Tensor:
-        """(row's length, L) pieces -> (B, longest, L) last-layer states."""
+    def next_positions(self, feeds: list[list[int]]) -> list[Tensor]:
+        """(A, row's length) positions of text that goes on from each row's end."""
+        counted = [torch.arange(first, first + len(ids)) for first, ids in zip(self.next, feeds, strict=True)]
+        return [row.expand(self.llm.family.axes, -1) for row in counted]
+
+    def feed(self, pieces: list[Tensor], keys: list[list], positions: list[Tensor]) -> Tensor:
+        """(row's length, W) pieces at (A, row's length) positions -> (B, longest, L) last-layer states."""
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.llm.device)
         inputs = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
         valid = (torch.arange(inputs.shape[1], device=self.llm.device) < lengths[:, None]).long()
-        positions = self.mask.sum(1, keepdim=True) + valid.cumsum(1) - 1
         self.mask = torch.cat((self.mask, valid), 1)
-        hidden = self.llm.decoder(
-            inputs_embeds=inputs,
+        hidden = self.llm.read(
+            inputs,
             attention_mask=None if len(pieces) == 1 else self.mask,
-            position_ids=positions.clamp(min=0),
+            position_ids=stack_positions(positions).to(self.llm.device),
             past_key_values=self.cache.values,
             use_cache=True,
         ).last_hidden_state
+        self.next = [
+            int(row.max()) + 1 if row.numel() else first
+            for first, row in zip(self.next, positions, strict=True)
+        ]
         if len(pieces) == 1:
             self.cache.keys.extend(keys[0])
         return hidden
 
 
+def _positions(llm: FrozenLLM, prompt: Prompt) -> Tensor:
+    """(A, positions) of a prompt without what stands in front of it."""
+    ids = prompt.spread
+    return llm.family.positions(len(ids), list(placed(ids, prompt.images, prompt.image_id)))
+
+
 def embed_prompt(llm: FrozenLLM, prompt: Prompt) -> Tensor:
-    """(positions, L): the embedded ids, with pictures' vectors in their slots."""
+    """(positions, W): the embedded ids, with pictures' tokens in their slots."""
     words = [0 if token == prompt.image_id else token for token in prompt.ids]  # a slot has no embedding
-    embedded = llm.embed(torch.tensor([words], device=llm.device))[0]
+    embedded = llm.family.widen(llm.embed(torch.tensor([words], device=llm.device))[0])
     images = iter(prompt.images)
     pieces = [
         next(images).to(embedded)

@@ -1,4 +1,4 @@
-"""The frozen LLM behind one small class: any `transformers` causal LM, with V voken rows added."""
+"""The frozen LLM behind one small class: any decoder LLM of `transformers`, with V voken rows added."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
@@ -20,6 +19,8 @@ from transformers import (
 
 from .adapter import OTHER_LLM, merge_adapter, read_adapter
 from .errors import BadInputError
+from .families import find_family, load_family
+from .families.base import Family, SeeingFamily
 from .prefix import Prefix
 from .vision import ImageEncoder, load_image_adapter, to_square
 from .vokens import PICTURE, voken_strings
@@ -39,8 +40,8 @@ MOST_SEEN = 256  # pictures whose image tokens are kept
 class FrozenLLM:
     """A causal LM and its tokenizer, both with vokens. Nothing of it needs gradients until an adapter is trained.
 
-    `causal_lm` may carry PEFT layers; `width` is L. With an `image_encoder` it sees. A learned `prefix` gives a cache
-    for so many stories that begins with it.
+    `causal_lm` may carry PEFT layers; `width` is L. It sees by an `image_encoder` of ours, or by itself where its
+    `family` does. A learned `prefix` gives a cache for so many stories that begins with it.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,6 +50,12 @@ class FrozenLLM:
     image_encoder: ImageEncoder | None = None
     prefix: Callable[[int], DynamicCache] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
+    family: Family = field(default_factory=Family)
+
+    @property
+    def sees(self) -> bool:
+        """Whether it can be shown pictures."""
+        return self.image_encoder is not None or self.family.sees
 
     @property
     def width(self) -> int:
@@ -89,21 +96,40 @@ class FrozenLLM:
         """(..., L) last-layer states -> (..., vocabulary)."""
         return self.causal_lm.get_output_embeddings()(states)
 
+    def read(self, inputs: Tensor, **arguments: Any) -> Any:
+        """The decoder's answer to (B, S, W) text and pictures, as the family lays them out."""
+        return self.decoder(**self.family.decoder_inputs(inputs), **arguments)
+
     @property
     def picture_id(self) -> int:
         """The id of a picture's slot in a prompt; it has no row in the LLM."""
         return self.tokenizer.convert_tokens_to_ids(PICTURE)
 
+    @property
+    def picture_opens(self) -> int:
+        """The first id that is written for a picture: the slot's, or that of what the family writes before it."""
+        return self.encode(self.family.before)[0] if self.family.before else self.picture_id
+
     @torch.no_grad()
     def see(self, picture: Tensor) -> Tensor | None:
-        """(H, W, 3) in [0, 1] -> (K, L) image tokens, computed once a picture; None for an LLM that does not see."""
-        if self.image_encoder is None:
-            return None
-        square = to_square(picture[None], self.image_encoder.config.size)
-        key = hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest()
+        """(H, W, 3) in [0, 1] -> (K, W) image tokens, computed once a picture; None for an LLM that does not see."""
+        if self.image_encoder is not None:
+            square = to_square(picture[None], self.image_encoder.config.size)
+            return self._once(square, lambda: self._encoded(square))
+        if isinstance(family := self.family, SeeingFamily):
+            return self._once(picture, lambda: family.see(self.causal_lm, picture))
+        return None
+
+    def _encoded(self, square: Tensor) -> Tensor:
+        assert self.image_encoder is not None
+        return self.image_encoder(square.to(self.image_encoder.projector.weight))[0]
+
+    def _once(self, picture: Tensor, tokens: Callable[[], Tensor]) -> Tensor:
+        """What is kept for a picture, or else `tokens()`."""
+        shape = repr(tuple(picture.shape)).encode()
+        key = hashlib.sha256(shape + picture.cpu().numpy().tobytes()).hexdigest()
         if key not in self.seen:
-            weight = self.image_encoder.projector.weight
-            self.seen[key] = self.image_encoder(square.to(weight))[0].float().cpu()
+            self.seen[key] = tokens().float().cpu()
             if len(self.seen) > MOST_SEEN:
                 del self.seen[next(iter(self.seen))]
         return self.seen[key]
@@ -123,7 +149,7 @@ def load_llm(
     """Reads a Hugging Face folder and adds `vokens` rows, each the mean of all others, after its own.
 
     `quantization` is one of transformers' configurations, such as BitsAndBytesConfig. Raises BadInputError when the
-    folder holds no causal LM that transformers can read from safetensors.
+    folder holds no LLM of a known family that transformers can read from safetensors.
     """
     if not (folder / "config.json").is_file():
         raise BadInputError(
@@ -136,17 +162,21 @@ def load_llm(
             "with transformers' save_pretrained, which writes safetensors."
         )
     with reading(f"The LLM in {folder} cannot be read", folder):
+        kind = find_family(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         small = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.model_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **small
         )
         if not quantization:  # which lies where it belongs, and is not to be moved
             model = model.to(device)
-    return add_vokens(tokenizer, model, vokens)
+        family = load_family(kind, folder, model.config, tokenizer)
+    return add_vokens(tokenizer, model, vokens, family)
 
 
-def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int) -> FrozenLLM:
+def add_vokens(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int, family: Family | None = None
+) -> FrozenLLM:
     """Adds voken tokens to a tokenizer and their rows to a model, and freezes the model."""
     strings = voken_strings(vokens)
     tokenizer.add_tokens([*strings, PICTURE], special_tokens=True)
@@ -154,7 +184,7 @@ def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, voken
     rows = model.get_input_embeddings().num_embeddings
     if max(voken_ids) >= rows:
         model.resize_token_embeddings(max(voken_ids) + 1, mean_resizing=False)
-    llm = FrozenLLM(tokenizer, model.requires_grad_(False).eval(), voken_ids)
+    llm = FrozenLLM(tokenizer, model.requires_grad_(False).eval(), voken_ids, family=family or Family())
     others = [index for index in range(rows) if index not in set(voken_ids)]
     for table in {id(t): t for t in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
         with torch.no_grad():
@@ -181,6 +211,10 @@ def load_sight(
     `spare` serves only the weights it was trained for; an LLM without any stays blind. Raises BadInputError for an
     adapter, chosen or in the folder, that is broken or for another width.
     """
+    if llm.family.sees:
+        if chosen:
+            raise BadInputError(f"The LLM in {folder} sees by itself. Leave the image adapter {chosen} out.")
+        return llm
     own = chosen or folder / IMAGE_ADAPTER
     if chosen or own.is_file():
         encoder, header = load_image_adapter(own)

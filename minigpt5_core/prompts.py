@@ -36,7 +36,7 @@ PUBLISHED_NEXT = "Tell me the next scene with image."
 class Turn:
     """One scene as it was asked for and told; `text` is None for the scene still to be told.
 
-    `picture` stands for a voken block, with which the LLM asked for its picture. `shown` are the image tokens (K, L)
+    `picture` stands for a voken block, with which the LLM asked for its picture. `shown` are the image tokens (K, W)
     of a picture that the LLM sees: one that was given, or, behind the block, what came of it.
     """
 
@@ -56,13 +56,18 @@ class FittedPrompt:
 
 def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
     """The turns through the LLM's chat template, or a plain one; an untold last turn leaves the reply open."""
+    family = llm.family
     block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
-    messages = [{"role": "system", "content": SYSTEM}]
+    said = [("system", SYSTEM)]
     for turn in turns:
-        messages.append({"role": "user", "content": plain(turn.request)})
+        said.append(("user", plain(turn.request)))
         if turn.text is not None:
-            picture = (block if turn.picture else "") + (PICTURE if turn.shown is not None else "")
-            messages.append({"role": "assistant", "content": plain(turn.text) + picture})
+            shown = f"{family.before}{PICTURE}{family.after}" if turn.shown is not None else ""
+            said.append(
+                ("assistant", plain(turn.text) + (block if turn.picture else "") + shown + family.reply_end)
+            )
+    content = family.content if llm.tokenizer.chat_template else str
+    messages = [{"role": role, "content": content(text)} for role, text in said]
     is_open = bool(turns) and turns[-1].text is None
     return llm.tokenizer.apply_chat_template(
         messages,

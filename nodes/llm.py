@@ -78,7 +78,8 @@ class LoadLLM(io.ComfyNode):
         folder = folders.find_llm(llm_name) or default_llm()
         frozen = load_llm(folder, vokens, dtype=_dtype(dtype))
         frozen = load_sight(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
-        eyes_for = "" if (folder / IMAGE_ADAPTER).is_file() else folders.STORYBOOK_ADAPTER
+        own_eyes = frozen.family.sees or (folder / IMAGE_ADAPTER).is_file()
+        eyes_for = "" if own_eyes else folders.STORYBOOK_ADAPTER
         return io.NodeOutput(
             LoadedLLM(_manage(frozen), frozen, llm_name, hash_weights(folder), eyes_for=eyes_for)
         )

@@ -39,7 +39,7 @@ class LoadedLLM:
     @property
     def sees(self) -> bool:
         """Whether it is shown pictures: the storybook's eyes speak to the storybook's adapter only."""
-        return self.frozen.image_encoder is not None and (not self.eyes_for or self.eyes_for in self.adapters)
+        return self.frozen.sees and (not self.eyes_for or self.eyes_for in self.adapters)
 
 
 @dataclass(frozen=True, eq=False)

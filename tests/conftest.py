@@ -7,7 +7,7 @@ import asyncio
 import importlib.util
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,10 +29,8 @@ STAND_INS = Path(__file__).parent / "comfy_stand_ins"
 PACK_NAME = "/comfyui/custom_nodes/comfyui-minigpt5"  # ComfyUI names a pack's module by its path
 
 
-def make_tiny_parts(
-    seed: int = 0, context: int = 512, tied: bool = True
-) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
-    """A LLaMA 32 wide with random weights large enough that its choices differ from token to token."""
+def make_tiny_tokenizer(special: Sequence[str] = ("<|im_start|>",)) -> PreTrainedTokenizerFast:
+    """A token a byte, and the special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(
         models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[])
@@ -45,7 +43,15 @@ def make_tiny_parts(
         pad_token="<|im_end|>",
         chat_template=CHAT_TEMPLATE,
     )
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.add_special_tokens({"additional_special_tokens": list(special)})
+    return fast
+
+
+def make_tiny_parts(
+    seed: int = 0, context: int = 512, tied: bool = True
+) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """A LLaMA 32 wide with random weights large enough that its choices differ from token to token."""
+    fast = make_tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(fast),
         hidden_size=32,
@@ -62,6 +68,12 @@ def make_tiny_parts(
     )
     torch.manual_seed(seed)
     return fast, LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[[Sequence[str]], PreTrainedTokenizerFast]:
+    """Makes one with special tokens."""
+    return make_tiny_tokenizer
 
 
 @pytest.fixture

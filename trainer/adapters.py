@@ -1,7 +1,7 @@
 """What learns of the LLM, through PEFT: voken rows alone, LoRA or a prefix with them; and how it is written."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peft import (
@@ -27,6 +27,18 @@ def voken_tables(llm: FrozenLLM) -> list[str]:
     tables = [embedding] if head.weight is embedding.weight else [embedding, head]
     names = {module: name.rsplit(".", 1)[-1] for name, module in llm.causal_lm.named_modules()}
     return [names[table] for table in tables]
+
+
+def decoder_targets(llm: FrozenLLM, names: Sequence[str]) -> list[str]:
+    """The names of linear layers as they are; or, where a vision tower has layers of these names too, the paths of the
+    decoder's own."""
+    named = [
+        (path, layer) for path, layer in llm.causal_lm.named_modules() if path.rsplit(".", 1)[-1] in names
+    ]
+    own = set(llm.decoder.modules())
+    if all(layer in own for _, layer in named):
+        return list(names)
+    return [path for path, layer in named if layer in own]
 
 
 def with_voken_rows(llm: FrozenLLM) -> PeftModel:

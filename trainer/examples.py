@@ -87,7 +87,7 @@ def shown(state: State, chance: random.Random | None = None) -> Shown:
 
 def some_shown(llm: FrozenLLM, scenes: Sequence[TrueScene], share: float, draw: random.Random) -> list[Turn]:
     """A story of the world; to an LLM that sees, with pictures in a `share` of the stories."""
-    if llm.image_encoder is not None and draw.random() < share:
+    if llm.sees and draw.random() < share:
         return shown_turns(llm, scenes, draw)
     return [Turn(scene.request, scene.text) for scene in scenes]
 
@@ -139,7 +139,7 @@ class RecordSource:
     ) -> None:
         if unknown := set(tasks) - set(TASKS):
             raise BadInputError(f"tasks: unknown {', '.join(sorted(unknown))}. Known: {', '.join(TASKS)}.")
-        if llm.image_encoder is None and "understanding" in tasks:
+        if not llm.sees and "understanding" in tasks:
             raise BadInputError(
                 "tasks: understanding needs an LLM that sees. Set image_adapter, or leave it out."
             )
@@ -166,7 +166,7 @@ class RecordSource:
             record, own = next(self.records), random.Random(new_seed(chance))
             names = list(self.tasks)
             name = own.choices(names, [self.tasks[name].weight for name in names])[0]
-            see = (lambda picture: picture) if self.llm.image_encoder is not None else (lambda picture: None)
+            see = (lambda picture: picture) if self.llm.sees else (lambda picture: None)
             made = TASKS[name](
                 record, Tools(own, self.tasks[name].wordings, see, own.random() < self.shown_share)
             )

@@ -19,7 +19,7 @@ from minigpt5_core.llm import FrozenLLM, load_sight
 from minigpt5_core.mapper import Mapper
 from minigpt5_core.prompts import NEXT, Turn
 
-from .adapters import adapt, trainable, voken_tables, with_prefix
+from .adapters import adapt, decoder_targets, trainable, voken_tables, with_prefix
 from .backbone import Targets, load_backbone
 from .data.cache import CachedFeatures
 from .data.formats import read
@@ -48,8 +48,8 @@ class FinetuneRecipe(StageRecipe):
     """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories, beside which `captions` single
     captions keep what stage 1 taught.
 
-    With an `image_adapter` the LLM is shown pictures, in a `shown_share` of the stories, and asked `questions` times a
-    step what one shows; the image adapter itself stays as it is.
+    With an `image_adapter`, or where it sees by itself, the LLM is shown pictures, in a `shown_share` of the stories,
+    and asked `questions` times a step what one shows; what it sees by stays as it is.
 
     `adapter` is "lora", or "prefix": `prefix_tokens` learned keys and values in front, made by a network of width
     `prefix_width` as published (0: learned themselves), at the LoRA's rate.
@@ -91,7 +91,7 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
             r=recipe.lora_rank,
             lora_alpha=recipe.lora_alpha,
             lora_dropout=recipe.lora_dropout,
-            target_modules=list(recipe.lora_targets),
+            target_modules=decoder_targets(llm, recipe.lora_targets),
             trainable_token_indices=dict.fromkeys(tables, llm.voken_ids)
             if len(tables) > 1
             else llm.voken_ids,
@@ -129,7 +129,7 @@ def draw_examples(
         drawn["caption_text"] = [
             Example([Turn(one.caption, "")], [one]) for index, one in enumerate(alone) if share.has(index)
         ]
-    if recipe.image_adapter and recipe.questions:
+    if llm.sees and recipe.questions:
         seeds = [new_seed(chance) for _ in range(recipe.questions)]
         mine = [random.Random(seed) for index, seed in enumerate(seeds) if share.has(index)]
         drawn["question_text"] = [Example(turns, []) for own in mine for turns in questions(llm, 1, own)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minigpt5_core.families.base import placed, stack_positions
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.prompts import Turn, chat_prompt
@@ -19,7 +20,7 @@ from .sharding import is_sharded
 class StorySequence:
     """A story as ids, the labels of what the LLM should have written (-100 elsewhere), and where its blocks begin.
 
-    A picture that is shown takes as many ids, all the slot's, as it has image tokens; `images` holds those, (K, L).
+    A picture that is shown takes as many ids, all the slot's, as it has image tokens; `images` holds those, (K, W).
     """
 
     ids: list[int]
@@ -63,29 +64,19 @@ def told_losses(
 
 def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
     """Every reply counts: its text, [IMG0] and the end mark; later vokens and pictures are given, never asked for."""
-    images = chat_prompt(llm, turns).images
-    ids = _spread(llm, turns)
+    prompt = chat_prompt(llm, turns)
+    ids = prompt.spread
     labels = [IGNORED] * len(ids)
     unasked = set(llm.voken_ids[1:])
-    last = {llm.tokenizer.eos_token_id, llm.picture_id}
+    end = llm.tokenizer.eos_token_id
+    last = {end, llm.picture_opens}
     for index, turn in enumerate(turns):
-        start = len(_spread(llm, [*turns[:index], Turn(turn.request)]))
+        start = chat_prompt(llm, [*turns[:index], Turn(turn.request)]).length
         stop = next(position for position in range(start, len(ids)) if ids[position] in last)
-        for position in range(start, stop if ids[stop] == llm.picture_id else stop + 1):
+        for position in range(start, stop + 1 if ids[stop] == end else stop):
             if ids[position] not in unasked:
                 labels[position] = ids[position]
-    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids), images)
-
-
-def _spread(llm: FrozenLLM, turns: Sequence[Turn]) -> list[int]:
-    """The turns' ids, a picture's slot repeated for each of its image tokens."""
-    prompt = chat_prompt(llm, turns)
-    images = iter(prompt.images)
-    return [
-        token
-        for slot in prompt.ids
-        for token in ([slot] * len(next(images)) if slot == prompt.image_id else [slot])
-    ]
+    return StorySequence(ids, labels, block_starts(ids, llm.voken_ids), prompt.images)
 
 
 def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:
@@ -105,7 +96,19 @@ def text_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
 def _hidden(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
     """(B, S, L) last-layer states."""
     known = llm.begin(len(sequences))
-    return llm.decoder(inputs_embeds=_embed(llm, sequences), past_key_values=known).last_hidden_state
+    positions = _positions(llm, sequences, known.get_seq_length())
+    return llm.read(_embed(llm, sequences), past_key_values=known, **positions).last_hidden_state
+
+
+def _positions(llm: FrozenLLM, sequences: Sequence[StorySequence], first: int) -> dict[str, Tensor]:
+    """Position ids from `first` on, where a decoder cannot count them by itself."""
+    if llm.family.axes == 1:
+        return {}
+    rows = [
+        llm.family.positions(len(one.ids), list(placed(one.ids, one.images, llm.picture_id))) + first
+        for one in sequences
+    ]
+    return {"position_ids": stack_positions(rows).to(llm.device)}
 
 
 def _idle(llm: FrozenLLM) -> Tensor:
@@ -125,11 +128,11 @@ def _text_loss(llm: FrozenLLM, sequences: Sequence[StorySequence], hidden: Tenso
 
 
 def _embed(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> Tensor:
-    """(B, S, L), padded behind, pictures in their places."""
+    """(B, S, W), padded behind, pictures in their places."""
     pad = llm.tokenizer.pad_token_id or 0
     rows = [torch.tensor(sequence.ids) for sequence in sequences]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(llm.device)
     slots = ids == llm.picture_id
-    embedded = llm.embed(ids.masked_fill(slots, pad))
+    embedded = llm.family.widen(llm.embed(ids.masked_fill(slots, pad)))
     images = [image for sequence in sequences for image in sequence.images]
     return embedded.masked_scatter(slots[..., None], torch.cat(images).to(embedded)) if images else embedded

@@ -28,9 +28,12 @@ def soft_pictures(states: Sequence[State], draw: random.Random) -> Tensor:
 
 
 def see(llm: FrozenLLM, states: Sequence[State], draw: random.Random) -> list[Tensor]:
-    """Image tokens (K, L) of a fresh picture of each state, with their gradient."""
-    assert llm.image_encoder is not None
-    return list(llm.image_encoder(soft_pictures(states, draw).to(llm.device)))
+    """Image tokens (K, W) of a fresh picture of each state, with their gradient where the image encoder is ours."""
+    pictures = soft_pictures(states, draw)
+    if llm.image_encoder is not None:
+        return list(llm.image_encoder(pictures.to(llm.device)))
+    shown = (pictures.clamp(-1, 1).movedim(1, -1) + 1) / 2
+    return [tokens for picture in shown if (tokens := llm.see(picture)) is not None]
 
 
 def shown_turns(llm: FrozenLLM, scenes: Sequence[TrueScene], draw: random.Random) -> list[Turn]:

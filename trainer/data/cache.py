@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.families.base import SeeingFamily
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.weights import atomic_save
 
@@ -124,8 +125,7 @@ class FeatureKeys:
         self.side: int = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         self.vae = fingerprint(pipeline.vae, dict(pipeline.vae.config))
         self.text_encoder = " ".join(fingerprint(part, part.config.to_dict()) for part in encoders)
-        encoder = llm.image_encoder if llm is not None else None
-        self.sight = None if encoder is None else fingerprint(encoder, dataclasses.asdict(encoder.config))
+        self.sight = None if llm is None else _sight(llm)
 
     def latents(self, picture: Picture) -> str:
         """BrokenPicture when its file cannot be read."""
@@ -142,6 +142,15 @@ class FeatureKeys:
     def pooled(self, caption: str) -> str | None:
         """Of the same answer, the pooled vector; None where the model has none."""
         return _key("pooled", self.target(caption)) if self.pools else None
+
+
+def _sight(llm: FrozenLLM) -> str | None:
+    """Stands for all that decides what the LLM sees in a picture; None for one that does not see."""
+    if (encoder := llm.image_encoder) is not None:
+        return fingerprint(encoder, dataclasses.asdict(encoder.config))
+    if isinstance(family := llm.family, SeeingFamily):
+        return fingerprint(family.vision(llm.causal_lm), family.processor)
+    return None
 
 
 def _parts(pipeline: DiffusionPipeline, name: str) -> list[Any]:
@@ -180,7 +189,7 @@ class CachedFeatures:
         return self._picture(self.keys.latents, picture)
 
     def image_tokens(self, picture: Picture) -> Tensor | None:
-        """(K, L): what `FrozenLLM.see` gives."""
+        """(K, W): what `FrozenLLM.see` gives."""
         return self._picture(self.keys.image_tokens, picture)
 
     def target(self, caption: str) -> Conditioning | None:

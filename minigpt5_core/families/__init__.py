@@ -1,0 +1,49 @@
+"""The families of LLMs that can tell a story, found by the `model_type` in a folder's config.json.
+
+Every text-only causal LM of transformers is one family. Those that see keep their own vision tower, image tokens,
+positions and chat template, and each is a small class here.
+"""
+
+import json
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..errors import BadInputError
+from .base import Family, SeeingFamily
+from .pictures import read_processor
+from .qwen import Qwen3VL, QwenVL
+from .square import Idefics3, InternVL, Llava
+
+FAMILIES: dict[str, type[SeeingFamily]] = {
+    "llava": Llava,
+    "idefics3": Idefics3,
+    "smolvlm": Idefics3,
+    "internvl": InternVL,
+    "qwen2_vl": QwenVL,
+    "qwen2_5_vl": QwenVL,
+    "qwen3_vl": Qwen3VL,
+}
+
+
+def find_family(folder: Path) -> type[Family]:
+    """The family of the LLM in `folder`; BadInputError, which lists those that are known, for any other kind."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = config.get("model_type")
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return Family
+    raise BadInputError(
+        f"{folder} holds a model of the kind {kind!r} (model_type in its config.json), which cannot tell a story here: "
+        "give a text-only causal LM of transformers (llama, qwen2, mistral and so on) or one that sees, which can be "
+        f"{', '.join(FAMILIES)}."
+    )
+
+
+def load_family(
+    kind: type[Family], folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> Family:
+    """A family with what its LLM's folder says about pictures; `tokenizer` gets the family's template and end mark."""
+    return kind(config, tokenizer, read_processor(folder)) if issubclass(kind, SeeingFamily) else kind()
