@@ -5,6 +5,7 @@ for scene in teller.tell(Story("Mia the fox wakes up in a snowy forest.", seed=0
     print(scene.text); scene.picture.save(...)
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -207,7 +208,10 @@ def check_device(name: str) -> None:
 
 
 def load_diffusion(folder: Path, device: str = "cpu") -> DiffusionPipeline:
-    """A diffusers folder, in float32; BadInputError when it is none, or not of whole safetensors files."""
+    """A diffusers folder, in float32; BadInputError when it is none, or not of whole safetensors files.
+
+    Text encoders that were left out of it are None: a mapper answers in their place.
+    """
     if not (folder / "model_index.json").is_file():
         raise BadInputError(
             f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
@@ -216,10 +220,21 @@ def load_diffusion(folder: Path, device: str = "cpu") -> DiffusionPipeline:
     cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
     with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            **_left_out(folder),
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """The text encoders and tokenizers that the index names and the folder lacks, such as SD3's T5 of 9 GB."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
+    return {name: None for name in parts if not (folder / name).is_dir()}
 
 
 def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:

@@ -24,6 +24,7 @@ from minigpt5_core.losses import diffusion_loss
 from minigpt5_core.weights import load_mapper
 from trainer.align import AlignRecipe, train_align
 from trainer.backbone import Backbone, Targets, load_backbone
+from trainer.backbone.unet import Sd
 from trainer.cli import main
 from trainer.data.export import export_stories
 from trainer.finetune import FinetuneRecipe, train_finetune
@@ -102,7 +103,7 @@ def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_
     assert main(["data", "cache", recipe.data, *given]) == 0
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
-        patched.setattr("trainer.backbone.encode_pictures", lambda *given: pytest.fail("a picture was"))
+        patched.setattr("trainer.backbone.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
         train_align(replace(recipe, cache=str(tmp_path / "cache")), tmp_path / "cached")
     runs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("pixels", "cached")]
     assert len(runs[0]) == 3
@@ -148,7 +149,7 @@ def test_velocity_is_weighed_so_that_it_counts_as_the_noise_it_implies(tiny_diff
 def test_a_model_that_predicts_velocity_is_asked_for_it(tiny_diffusion_folder):
     backbone = load_backbone(tiny_diffusion_folder)
     backbone.pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    backbone = Backbone(backbone.pipeline)
+    backbone = Sd(backbone.pipeline)
     latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     steps, answer = torch.tensor([10, 900]), backbone.encode(["a fox", "a bear"])
     with torch.no_grad():

@@ -35,6 +35,7 @@ class StageRecipe:
 
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
     `tokens` is how many the mapper answers with; caption alignment needs the text encoder's own number.
+    `min_snr_gamma` is for models that predict noise or velocity at a timestep; SD3 and Flux are weighed by their draw.
     `image_from` is the share of the steps after which the diffusion loss joins in.
 
     `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
@@ -136,7 +137,7 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
     if recipe.tokens != len(targets.mean) and recipe.caption_weight:
         raise BadInputError(
             f"tokens is {recipe.tokens}, but the text encoder gives {len(targets.mean)}: caption alignment compares "
-            "them one by one. Set caption_weight=0, or leave tokens as it is."
+            f"them one by one. Set tokens={len(targets.mean)}, or caption_weight=0."
         )
     scale_to(mapper, targets)
     return mapper
@@ -182,7 +183,7 @@ def use_cache(recipe: StageRecipe, backbone: Backbone, llm: FrozenLLM) -> Cached
     """The recipe's feature cache, which the backbone asks from now on; says what is in it."""
     if not recipe.cache:
         return None
-    features = CachedFeatures(Path(recipe.cache), backbone.pipeline, llm)
+    features = CachedFeatures(Path(recipe.cache), backbone, llm)
     backbone.features = features
     for file, why in features.cache.ignored.items():
         print(f"cache: {file.name} is left out: {why}")
@@ -229,10 +230,8 @@ class PictureLosses:
     ) -> Tensor:
         latents = picture_latents(self.backbone, shows)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
-        most = self.backbone.noise.config.num_train_timesteps
-        steps = torch.cat([torch.randint(0, most, (1,), generator=one) for one in generators])
-        noise, steps = noise.to(latents.device), steps.to(latents.device)
-        return self.backbone.loss(answer, latents, noise, steps, self.recipe.min_snr_gamma)
+        times = self.backbone.times(generators).to(latents.device)
+        return self.backbone.loss(answer, latents, noise.to(latents.device), times, self.recipe.min_snr_gamma)
 
 
 def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLLM, Path]:
@@ -253,8 +252,8 @@ def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLL
 
 
 def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> None:
-    """Gradient checkpointing of LLM and UNet where the recipe asks for it: half as much time again, as nothing of
-    them but the gradient's way through is computed for frozen weights; and a layer's memory."""
+    """Gradient checkpointing of LLM and diffusion model where the recipe asks for it: a layer's memory, and half as
+    much time again, as nothing but the gradient's way through is computed for frozen weights."""
     if not recipe.gradient_checkpointing:
         return
     if adapted.peft_config["default"].peft_type == PeftType.PREFIX_TUNING:
@@ -267,7 +266,7 @@ def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> 
     for layer in model.modules():
         # in a model that is only used nothing is computed twice; dropout stays as it was
         layer.training |= getattr(layer, "gradient_checkpointing", False)
-    backbone.pipeline.unet.enable_gradient_checkpointing()
+    backbone.network.enable_gradient_checkpointing()
 
 
 def step_chance(seed: int, step: int) -> random.Random:
