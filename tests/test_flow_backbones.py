@@ -1,4 +1,4 @@
-"""SD3 in training and drawing, on diffusers' own classes at toy size: targets, times and losses by hand, whole runs."""
+"""SD3 and Flux in training and drawing, on diffusers' own classes at toy size: targets, times and losses by hand."""
 
 import json
 import math
@@ -12,6 +12,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -19,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -31,12 +34,13 @@ from minigpt5_core.conditioning import Space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import flow_loss
 from minigpt5_core.mapper import build_mapper, compact_config
-from minigpt5_core.pipeline import StoryTeller, load_diffusion, space_of
+from minigpt5_core.pipeline import StoryTeller, load_diffusion, prompt_arguments, space_of
 from minigpt5_core.story import Story
 from minigpt5_core.weights import load_mapper
 from trainer import align
 from trainer.align import AlignRecipe, train_align
 from trainer.backbone import Backbone, Targets, load_backbone
+from trainer.backbone.flow import Flux
 from trainer.cli import main
 from trainer.data.export import export_stories
 from trainer.finetune import FinetuneRecipe, train_finetune
@@ -45,16 +49,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
 WIDTH = 48  # of T5
 CLIPS = ((16, 12), (24, 10))  # widths of their tokens and of their pooled vectors
-SPACES = {"sd3": Space("toy_sd3", 154, WIDTH, 22)}
+SPACES = {"sd3": Space("toy_sd3", 154, WIDTH, 22), "flux": Space("toy_flux", 256, WIDTH, 24)}
 
 
-def clip(tokenizer, width, pooled):
+def clip(tokenizer, width, pooled, kind=CLIPTextModelWithProjection):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=pooled,
         num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return CLIPTextModelWithProjection(config)
+    return kind(config)
 
 
 def t5():
@@ -91,10 +95,33 @@ def sd3():
     )
 
 
+def flux(guided=True):
+    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
+    transformer = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
+        pooled_projection_dim=24, guidance_embeds=guided, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    reader, letters = t5()
+    first = clip(tokenizer, 24, 10, CLIPTextModel)
+    return FluxPipeline(
+        scheduler, autoencoder(0.3611, 0.1159), first, tokenizer, reader, letters, transformer
+    )
+
+
+MAKERS = {"sd3": sd3, "flux": flux, "schnell": lambda: flux(guided=False)}
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Flux has the size of its pictures nowhere but in its pipeline's code."""
+    monkeypatch.setattr(Flux, "side", 16)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = {}
-    for name, make in {"sd3": sd3}.items():
+    for name, make in MAKERS.items():
         torch.manual_seed(0)
         made[name] = tmp_path_factory.mktemp(name)
         make().save_pretrained(made[name])
@@ -143,10 +170,29 @@ def losses(run):
 
 def by_hand(family, pipeline, noisy, sigma, answer):
     """The velocity of one sample, (1, 16, h, w)."""
+    if family == "flux":
+        return flux_by_hand(pipeline, noisy, sigma, answer)
     return pipeline.transformer(
         hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=answer.tokens,
         pooled_projections=answer.pooled, return_dict=False,
     )[0]  # fmt: skip
+
+
+def flux_by_hand(pipeline, noisy, sigma, answer):
+    """Each patch of 2 x 2 is a token of 64 numbers, channel by channel, and knows its row and column."""
+    rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
+    places = [(row, column) for row in range(rows) for column in range(columns)]
+    patches = [noisy[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] for row, column in places]
+    guidance = torch.ones(1) if pipeline.transformer.config.guidance_embeds else None
+    packed = pipeline.transformer(
+        hidden_states=torch.stack([patch.flatten() for patch in patches])[None], timestep=sigma, guidance=guidance,
+        encoder_hidden_states=answer.tokens, pooled_projections=answer.pooled, txt_ids=torch.zeros(256, 3),
+        img_ids=torch.tensor([[0.0, row, column] for row, column in places]), return_dict=False,
+    )[0]  # fmt: skip
+    found = torch.zeros_like(noisy)
+    for (row, column), patch in zip(places, packed[0], strict=True):
+        found[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patch.view(-1, 2, 2)
+    return found
 
 
 # Training
@@ -209,6 +255,16 @@ def test_the_loss_is_the_squared_error_of_the_velocity(folder, family):
     assert found.item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
+def test_a_flux_without_guidance_is_asked_without(folders):
+    backbone = load_backbone(folders["schnell"])
+    answer, sigma = backbone.encode(["a fox"]), torch.tensor([0.3])
+    noisy = torch.randn(1, 16, 4, 8)  # higher than wide: rows and columns are told apart
+    with torch.no_grad():
+        found = backbone.predict(noisy, sigma, answer)
+        expected = flux_by_hand(backbone.pipeline, noisy, sigma, answer)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_a_conditioning_gets_a_gradient_through_the_frozen_model(folder):
     backbone = load_backbone(folder)
     size = backbone.side // backbone.pipeline.vae_scale_factor
@@ -266,6 +322,16 @@ def test_sd3s_targets_are_two_clips_side_by_side_and_then_t5(folders):
     assert torch.allclose(answer.pooled, torch.cat([part.text_embeds for part in both], -1), atol=1e-6)
 
 
+def test_fluxs_targets_are_t5s_tokens_and_the_pooled_vector_of_a_clip(folders):
+    backbone = load_backbone(folders["flux"])
+    answer, pipeline = backbone.encode(["a fox", ""]), backbone.pipeline
+    letters = pipeline.tokenizer_2(["a fox", ""], padding="max_length", max_length=256, return_tensors="pt")
+    tokens = pipeline.text_encoder_2(letters.input_ids).last_hidden_state
+    assert answer.tokens.shape == (2, 256, WIDTH) and torch.allclose(answer.tokens, tokens, atol=1e-6)
+    ids = pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
+    assert torch.allclose(answer.pooled, pipeline.text_encoder(ids).pooler_output, atol=1e-6)
+
+
 @pytest.mark.parametrize("how", ["deleted", "null"])
 def test_sd3_without_t5_is_trained_on_zeros_in_its_place(folders, tmp_path, how):
     shutil.copytree(folders["sd3"], tmp_path, dirs_exist_ok=True)
@@ -317,7 +383,7 @@ def test_a_target_draws_what_its_caption_draws(folder, family):
         "height": backbone.side, "width": backbone.side, "num_inference_steps": 15, "generator": generator,
         "max_sequence_length": backbone.t5_tokens, "guidance_scale": backbone.guidance,
     }  # fmt: skip
-    asked = {"sd3": {"negative_prompt": ""}}[family]
+    asked = {"sd3": {"negative_prompt": ""}, "flux": {}}[family]
     for picture, caption in zip(drawn, ["a fox", "a bear"], strict=True):
         expected = backbone.pipeline(caption, **same, **asked).images[0]
         assert picture.size == (backbone.side,) * 2
@@ -325,9 +391,28 @@ def test_a_target_draws_what_its_caption_draws(folder, family):
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(drawn[1], int)).max() > 1
 
 
+def test_flux_is_guided_away_from_the_mappers_negative_where_true_cfg_scale_asks_for_it(folders):
+    backbone = load_backbone(folders["schnell"])
+    pipeline, side = backbone.pipeline, backbone.side
+    given = prompt_arguments(backbone.encode(["a fox"]), backbone.encode([""]))
+    same = {
+        "height": side, "width": side, "num_inference_steps": 2, "output_type": "latent", "true_cfg_scale": 4.0,
+    }  # fmt: skip
+    drawn, told, plain = (
+        pipeline(**arguments, generator=torch.Generator().manual_seed(0)).images
+        for arguments in (
+            same | given,
+            same | {"prompt": "a fox", "negative_prompt": "", "max_sequence_length": 256},
+            same | given | {"true_cfg_scale": 1.0},
+        )
+    )
+    assert torch.allclose(drawn, told, atol=1e-5) and not torch.allclose(drawn, plain, atol=1e-3)
+
+
 def test_a_story_is_told_with_pictures(folder, family, tiny_llm):
     torch.manual_seed(0)
     pipeline = load_diffusion(folder)
+    pipeline.default_sample_size = 8  # Flux's would be 128, whatever its size
     space = space_of(pipeline, SPACES[family])
     assert space == SPACES[family]
     teller = StoryTeller(tiny_llm, build_mapper(compact_config(space, tiny_llm.width)).eval(), pipeline)

@@ -7,13 +7,18 @@ SDXL, SD3 and SD3.5, Flux.
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.pipeline import load_diffusion
 
 from .base import Backbone, Features
-from .flow import Sd3
+from .flow import Flux, Sd3
 from .targets import Targets
 from .unet import Sd, Sdxl
 
@@ -23,6 +28,7 @@ FAMILIES: dict[type, type[Backbone]] = {
     StableDiffusionPipeline: Sd,
     StableDiffusionXLPipeline: Sdxl,
     StableDiffusion3Pipeline: Sd3,
+    FluxPipeline: Flux,
 }
 
 

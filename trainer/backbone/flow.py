@@ -1,4 +1,4 @@
-"""SD3 and SD3.5: a transformer that predicts the velocity of a straight way from picture to noise.
+"""SD3, SD3.5 and Flux: a transformer that predicts the velocity of a straight way from picture to noise.
 
 Rectified flow (arXiv 2403.03206). The moment of a sample is the share of noise in it, sigma. It is drawn as the
 families were trained: logit-normal, then shifted towards noise as the scheduler shifts it for pictures of this size.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
@@ -21,8 +21,7 @@ from .base import Backbone, padded_ids
 
 
 class Flow(Backbone):
-    """What the families of this kind share. T5 reads `t5_tokens` of a caption, as in ComfyUI; both have two CLIPs or
-    one beside it."""
+    """What the families of this kind share. T5 reads `t5_tokens` of a caption, the rest being padding, which counts."""
 
     t5_tokens: int
 
@@ -87,3 +86,49 @@ class Sd3(Flow):
     def predict(self, noisy: Tensor, sigma: Tensor, answer: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
         return self.network(noisy, answer.tokens, answer.pooled, timestep).sample
+
+
+class Flux(Flow):
+    """Flux: 256 tokens of T5, and the pooled vector of a CLIP.
+
+    256 is what ComfyUI and Flux schnell give it; dev takes them too. A model with a guidance embedding is asked at
+    guidance 1, where it is to predict the data's own velocity; previews are drawn at the usual 3.5, without a negative.
+    """
+
+    t5_tokens = SPACES["flux"].tokens
+    guidance = 3.5
+
+    @property
+    def side(self) -> int:
+        """Of the pictures it draws where nothing else is said; its configuration has no size."""
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def token_ids(self, text: str) -> list[list[int]]:
+        clip = self.pipeline.tokenizer
+        return [
+            padded_ids(clip, text, clip.model_max_length),
+            padded_ids(self.pipeline.tokenizer_2, text, self.t5_tokens),
+        ]
+
+    def ask(self, texts: list[str]) -> Conditioning:
+        tokens, pooled, _ = self.pipeline.encode_prompt(
+            texts, device=self.pipeline.device, max_sequence_length=self.t5_tokens
+        )
+        return Conditioning(tokens, pooled)
+
+    def predict(self, noisy: Tensor, sigma: Tensor, answer: Conditioning) -> Tensor:
+        batch, channels, height, width = noisy.shape
+        guided = self.network.config.guidance_embeds
+        packed = self.network(
+            FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+            answer.tokens,
+            answer.pooled,
+            timestep=sigma,
+            img_ids=FluxPipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, noisy.device, noisy.dtype
+            ),
+            txt_ids=noisy.new_zeros(answer.tokens.shape[1], 3),
+            guidance=torch.ones_like(sigma) if guided else None,
+        ).sample
+        scale = self.pipeline.vae_scale_factor
+        return FluxPipeline._unpack_latents(packed, height * scale, width * scale, scale)
