@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -44,6 +45,7 @@ from trainer.backbone.flow import Flux
 from trainer.cli import main
 from trainer.data.export import export_stories
 from trainer.finetune import FinetuneRecipe, train_finetune
+from trainer.stage import new_mapper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
@@ -128,9 +130,15 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.fixture(params=SPACES)
+@pytest.fixture
 def family(request):
     return request.param
+
+
+def every_family(check):
+    """Runs a test for each family, and counts it for that check in the table of spaces."""
+    values = [pytest.param(name, marks=pytest.mark.space(name, check)) for name in SPACES]
+    return pytest.mark.parametrize("family", values, indirect=True)
 
 
 @pytest.fixture
@@ -198,6 +206,7 @@ def flux_by_hand(pipeline, noisy, sigma, answer):
 # Training
 
 
+@every_family("train")
 @pytest.mark.slow
 def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, family, loaded, tmp_path):
     train_align(recipe, tmp_path / "align")
@@ -210,9 +219,14 @@ def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, fami
     named = {
         name: getattr(recipe, name) for name in ("llm", "diffusion", "space", "tokens", "data", "tracker")
     }
+    AcceleratorState._reset_state(reset_partial_state=True)  # it takes a process's first precision for good
+    half = {"precision": "bf16", "llm_precision": "bf16", "gradient_checkpointing": True}
     train_finetune(
-        FinetuneRecipe(**named, steps=2, batch=1, image_from=0.0), tmp_path / "told", tmp_path / "align"
+        FinetuneRecipe(**named, **half, steps=2, batch=1, image_from=0.0),
+        tmp_path / "told",
+        tmp_path / "align",
     )
+    AcceleratorState._reset_state(reset_partial_state=True)
     one, other = (load_file(tmp_path / run / "mapper.safetensors") for run in ("align", "told"))
     assert all(
         not torch.equal(one[f"{name}.weight"], other[f"{name}.weight"]) for name in ("output", "pooled_head")
@@ -224,6 +238,7 @@ def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, fami
     assert header.space == space
 
 
+@every_family("train")
 @pytest.mark.slow
 def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder, tmp_path):
     train_align(recipe, tmp_path / "pixels")
@@ -239,6 +254,7 @@ def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder,
         assert kept == pytest.approx(pixels, rel=1e-4)
 
 
+@every_family("train")
 def test_the_loss_is_the_squared_error_of_the_velocity(folder, family):
     backbone = load_backbone(folder)
     size = backbone.side // backbone.pipeline.vae_scale_factor
@@ -265,6 +281,7 @@ def test_a_flux_without_guidance_is_asked_without(folders):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@every_family("train")
 def test_a_conditioning_gets_a_gradient_through_the_frozen_model(folder):
     backbone = load_backbone(folder)
     size = backbone.side // backbone.pipeline.vae_scale_factor
@@ -284,6 +301,7 @@ def test_the_loss_of_the_true_velocity_is_zero_and_every_sample_weighs_alike():
     assert flow_loss(noise - clean + off, clean, noise).item() == pytest.approx((1 + 9) / 2, rel=1e-5)
 
 
+@every_family("train")
 def test_times_are_logit_normal_shifted_as_the_scheduler_shifts(folder):
     backbone = load_backbone(folder)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
@@ -297,10 +315,26 @@ def test_times_are_logit_normal_shifted_as_the_scheduler_shifts(folder):
         assert logits.std().item() == pytest.approx(1, abs=0.05)
 
 
+@every_family("train")
 def test_the_times_of_a_sample_follow_from_its_seed_alone(folder):
     backbone = load_backbone(folder)
     both = backbone.times([torch.Generator().manual_seed(seed) for seed in (5, 6)])
     assert torch.equal(backbone.times([torch.Generator().manual_seed(6)]), both[1:])
+
+
+def test_a_space_that_is_not_the_models_is_said_before_anything_is_trained(tiny_llm, folders):
+    targets = Targets(load_backbone(folders["sd3"]), ["a fox"])
+    recipe = AlignRecipe(space="sd3", tokens=154)
+    with pytest.raises(
+        BadInputError, match=r"sd3 \(154 x 4096 .* expects StableDiffusion3Pipeline \(154 x 48 "
+    ):
+        new_mapper(recipe, tiny_llm, targets)
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(BadInputError, match="Set tokens=154, or caption"),
+    ):
+        patched.setitem(conditioning.SPACES, "toy_sd3", SPACES["sd3"])
+        new_mapper(AlignRecipe(space="toy_sd3"), tiny_llm, targets)
 
 
 # Targets and latents
@@ -358,6 +392,7 @@ def test_a_model_without_the_text_encoders_that_a_mapper_learns_from_is_refused(
         load_backbone(tmp_path)
 
 
+@every_family("train")
 def test_latents_are_shifted_and_scaled(folder):
     backbone = load_backbone(folder)
     vae, side = backbone.pipeline.vae, backbone.side
@@ -375,6 +410,7 @@ def test_latents_are_shifted_and_scaled(folder):
 # Drawing
 
 
+@every_family("diffusers")
 def test_a_target_draws_what_its_caption_draws(folder, family):
     backbone = load_backbone(folder)
     drawn = backbone.draw(backbone.encode(["a fox", "a bear"]), backbone.encode([""]), seed=3)
@@ -409,6 +445,7 @@ def test_flux_is_guided_away_from_the_mappers_negative_where_true_cfg_scale_asks
     assert torch.allclose(drawn, told, atol=1e-5) and not torch.allclose(drawn, plain, atol=1e-3)
 
 
+@every_family("diffusers")
 def test_a_story_is_told_with_pictures(folder, family, tiny_llm):
     torch.manual_seed(0)
     pipeline = load_diffusion(folder)

@@ -11,12 +11,13 @@ from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from minigpt5_core.conditioning import SPACES, Conditioning, Space
+from minigpt5_core.conditioning import SPACES, Conditioning, Space, check_space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import drop_states
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
+from minigpt5_core.pipeline import space_of
 from minigpt5_core.weights import load_mapper
 
 from .backbone import Backbone, Targets
@@ -130,10 +131,12 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
     """An untrained mapper of the recipe's kind; a compact one answers in the text encoder's scale from the start."""
     if recipe.space not in SPACES:
         raise BadInputError(f"Unknown space {recipe.space!r}. Known: {', '.join(SPACES)}.")
+    space = recipe_space(recipe)
+    check_space(space, space_of(targets.backbone.pipeline, space))
     configs = {"compact": compact_config, "reference": reference_config}
     if recipe.mapper not in configs:
         raise BadInputError(f"Unknown mapper {recipe.mapper!r}. Known: {', '.join(configs)}.")
-    mapper = build_mapper(configs[recipe.mapper](recipe_space(recipe), llm.width, recipe.vokens))
+    mapper = build_mapper(configs[recipe.mapper](space, llm.width, recipe.vokens))
     if recipe.tokens != len(targets.mean) and recipe.caption_weight:
         raise BadInputError(
             f"tokens is {recipe.tokens}, but the text encoder gives {len(targets.mean)}: caption alignment compares "

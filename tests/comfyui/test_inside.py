@@ -38,6 +38,7 @@ def inside(tmp_path, request):
     return run
 
 
+@pytest.mark.space("storybook", "ComfyUI")
 @torch.no_grad()
 def test_the_storybooks_models_compute_in_comfyui_what_they_compute_in_diffusers(inside):
     from diffusers import StableDiffusionPipeline
@@ -122,6 +123,7 @@ def euler(velocity, shift, scale, offset):
     return latents / scale + offset
 
 
+@pytest.mark.space("sd3", "ComfyUI")
 @torch.no_grad()
 def test_comfyui_draws_with_sd3_from_vokens_what_diffusers_draws(inside, tmp_path):
     torch.manual_seed(0)
@@ -146,6 +148,7 @@ def test_comfyui_draws_with_sd3_from_vokens_what_diffusers_draws(inside, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.space("flux", "ComfyUI")
 @torch.no_grad()
 def test_comfyui_draws_with_flux_from_vokens_what_diffusers_draws(inside, tmp_path):
     from diffusers import FluxPipeline
