@@ -1,4 +1,4 @@
-"""What training minimises: next tokens, noise with min-SNR weighting (arXiv 2303.09556), caption alignment.
+"""What training minimises: next tokens, noise with min-SNR weighting (arXiv 2303.09556) or flow, caption alignment.
 
 The three and their weights are MiniGPT-5's (arXiv 2310.02239, section 3.3). Everything is computed in float32.
 """
@@ -68,6 +68,14 @@ def diffusion_loss(
     return (errors * weights).mean()
 
 
+def flow_loss(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of the predicted velocity of rectified flow, noise minus clean, (B, ...) (arXiv 2403.03206).
+
+    Every sample weighs alike: how often a moment is drawn is its weight.
+    """
+    return (prediction.float() - (noise.float() - clean.float())).square().mean()
+
+
 def caption_loss(answer: Tensor, target: Tensor, deviation: Tensor | None = None) -> Tensor:
     """Mean squared distance of the mapper's answer from the text encoder's, both (B, T, C).
 
@@ -78,13 +86,35 @@ def caption_loss(answer: Tensor, target: Tensor, deviation: Tensor | None = None
     return (difference if deviation is None else difference / deviation).square().mean()
 
 
-def target_statistics(targets: Tensor, smallest: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Mean and deviation, each (T, C), of the text encoder's output for many captions, (captions, T, C).
+class Statistics:
+    """Mean and deviation, each (T, C), of the text encoder's output for many captions, given batch by batch.
 
-    A deviation below `smallest` is raised to it: CLIP's first token is the same for every caption.
+    A thousand captions of Flux would be 4 GB at once. A deviation below `smallest` is raised to it: CLIP's first token
+    is the same for every caption.
     """
-    deviation, mean = torch.std_mean(targets.float(), dim=0, correction=0)
-    return mean, deviation.clamp(min=smallest)
+
+    def __init__(self, smallest: float = 1e-3) -> None:
+        self.smallest = smallest
+        self.count = 0
+        self.sum: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, targets: Tensor) -> None:
+        """(captions, T, C)."""
+        exact = targets.double()
+        self.count += len(exact)
+        self.sum = self.sum + exact.sum(0)
+        self.squares = self.squares + exact.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.as_tensor(self.sum / self.count).float()
+
+    @property
+    def deviation(self) -> Tensor:
+        mean = torch.as_tensor(self.sum / self.count)
+        variance = torch.as_tensor(self.squares / self.count) - mean.square()
+        return variance.clamp(min=0).sqrt().float().clamp(min=self.smallest)
 
 
 def drop_states(

@@ -5,14 +5,19 @@ for scene in teller.tell(Story("Mia the fox wakes up in a snowy forest.", seed=0
     print(scene.text); scene.picture.save(...)
 """
 
+import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from .conditioning import SPACES, Conditioning, Space, check_space
@@ -207,19 +212,50 @@ def check_device(name: str) -> None:
 
 
 def load_diffusion(folder: Path, device: str = "cpu") -> DiffusionPipeline:
-    """A diffusers folder, in float32; BadInputError when it is none, or not of whole safetensors files."""
-    if not (folder / "model_index.json").is_file():
-        raise BadInputError(
-            f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
-            "pipeline was saved to."
-        )
+    """A diffusers folder or a name on the Hub (`find_diffusion`), in float32.
+
+    BadInputError when there is none, or not of whole safetensors files.
+
+    Text encoders that were left out of it are None: a mapper answers in their place.
+    """
+    folder = find_diffusion(folder)
     cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
     with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+            folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            **_left_out(folder),
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def find_diffusion(folder: Path) -> Path:
+    """`folder`; where there is none of that name, what `hf download` has fetched of the model of that name.
+
+    Nothing is downloaded here. BadInputError when neither is there, or it is no diffusers model.
+    """
+    found, name = folder, folder.as_posix()
+    named = not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name)
+    if named:
+        with suppress(LocalEntryNotFoundError):
+            found = Path(snapshot_download(name, local_files_only=True))
+    if (found / "model_index.json").is_file():
+        return found
+    cure = f", or fetch the model of that name: hf download {name}" if named else ""
+    raise BadInputError(
+        f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
+        f"pipeline was saved to{cure}."
+    )
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """The text encoders and tokenizers that the index names and the folder lacks, such as SD3's T5 of 9 GB."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
+    return {name: None for name in parts if not (folder / name).is_dir()}
 
 
 def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:

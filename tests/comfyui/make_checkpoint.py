@@ -1,6 +1,6 @@
-"""Runs in ComfyUI's own Python, from its folder: a checkpoint of random weights, of SD 1.5's or SDXL's full size.
+"""Runs in ComfyUI's own Python, from its folder: a random checkpoint of the full size of SD 1.5, SD 2.1 or SDXL.
 
-python make_checkpoint.py sd15|sdxl OUT.safetensors
+python make_checkpoint.py sd15|sd21|sdxl OUT.safetensors
 
 Names and shapes come from ComfyUI's own modules on the meta device; the values are made and written piece by piece, so
 that the 6.9 GB of an SDXL never stand in memory.
@@ -39,6 +39,7 @@ SIZES = {
         "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "num_classes": "sequential",
     },
 }  # fmt: skip
+SIZES["sd21"] = SIZES["sd15"]
 AUTOENCODER = {
     "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
     "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
@@ -47,7 +48,9 @@ AUTOENCODER = {
 
 def tensors():
     """Every tensor under the name it has in a checkpoint; those on the meta device have yet to get their values."""
-    supported = {"sd15": comfy.supported_models.SD15, "sdxl": comfy.supported_models.SDXL}[kind]
+    supported = {
+        "sd15": comfy.supported_models.SD15, "sd21": comfy.supported_models.SD20, "sdxl": comfy.supported_models.SDXL,
+    }[kind]  # fmt: skip
     config = supported(COMMON | SIZES[kind] | supported.unet_config)
     model = config.get_model({}, "", device="meta")
     text_encoder = config.clip_target().clip(device="meta", dtype=HALF)

@@ -1,4 +1,4 @@
-"""The nodes with random checkpoints as large as SD 1.5 and SDXL, through ComfyUI's own loader and sampler."""
+"""The nodes with random checkpoints as large as SD 1.5, SD 2.1 and SDXL, through ComfyUI's own loader and sampler."""
 
 import json
 import os
@@ -16,10 +16,11 @@ STORYBOOK = HERE.parents[1] / "storybook"
 WORKFLOW = "Any SD 1.5 or SDXL checkpoint with a mapper"
 GIGA = 1e9
 # Without --fp16-unet ComfyUI widens a UNet to float32 on a CPU: 10 GB for SDXL's. Its text encoders stay as they are.
-FLAGS = {"sd15": (), "sdxl": ("--fp16-unet",)}
-MEMORY, DISK = {"sd15": 7, "sdxl": 12}, {"sd15": 3, "sdxl": 8}  # gigabytes
+FLAGS = {"sd15": (), "sd21": (), "sdxl": ("--fp16-unet",)}
+MEMORY, DISK = {"sd15": 7, "sd21": 8, "sdxl": 12}, {"sd15": 3, "sd21": 4, "sdxl": 8}  # gigabytes
 SPACES = {
     "sd15": "sd15 (77 x 768)",
+    "sd21": "sd21 (77 x 1024)",
     "sdxl": "sdxl (77 x 2048 with a pooled vector of 1280)",
     "storybook": "storybook (77 x 128)",
 }
@@ -28,8 +29,9 @@ SPACES = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("sd15", marks=pytest.mark.slow),
-        pytest.param("sdxl", marks=pytest.mark.comfyui_sdxl),
+        pytest.param("sd15", marks=[pytest.mark.slow, pytest.mark.space("sd15", "ComfyUI")]),
+        pytest.param("sd21", marks=[pytest.mark.slow, pytest.mark.space("sd21", "ComfyUI")]),
+        pytest.param("sdxl", marks=[pytest.mark.comfyui_sdxl, pytest.mark.space("sdxl", "ComfyUI")]),
     ],
 )
 def loaded(request, tmp_path_factory):
@@ -73,7 +75,7 @@ def put_models(kind, models, conftest):
         command, cwd=conftest.comfyui(), capture_output=True, text=True, env=os.environ, timeout=600
     )
     assert made.returncode == 0, made.stderr[-3000:]
-    for space in ("sd15", "sdxl"):
+    for space in ("sd15", "sd21", "sdxl"):
         make_mapper(space, models / "voken_mappers" / f"{space}.safetensors")
     # whose files are called as the workflow calls them
     shutil.copytree(STORYBOOK / "loras" / "storybook", models / "loras" / "my_adapter")

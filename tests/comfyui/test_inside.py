@@ -1,7 +1,9 @@
 """What our loaders give ComfyUI, against diffusers and PEFT: the same numbers, and no trace of an adapter."""
 
+import math
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,7 @@ def inside(tmp_path, request):
     return run
 
 
+@pytest.mark.space("storybook", "ComfyUI")
 @torch.no_grad()
 def test_the_storybooks_models_compute_in_comfyui_what_they_compute_in_diffusers(inside):
     from diffusers import StableDiffusionPipeline
@@ -81,3 +84,95 @@ def test_an_adapter_gives_what_peft_gives_and_leaves_no_trace(inside):
     assert found["same_again"].all()
     assert 0 < found["same_adapted"].mean() < 1
     assert torch.equal(found["again_logits"], found["plain_logits"])
+
+
+def make_sd3():
+    """As ComfyUI knows SD3: as many blocks as heads, 64 wide each."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=64, caption_projection_dim=128,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+
+
+def make_flux():
+    """As wide as ComfyUI takes every Flux to be, but two blocks deep."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).bfloat16().float()
+
+
+def save_toy_mapper(space, path):
+    from minigpt5_core.conditioning import SPACES
+    from minigpt5_core.mapper import build_mapper, compact_config
+    from minigpt5_core.weights import MapperHeader, save_mapper
+
+    mapper = build_mapper(compact_config(SPACES[space], 16)).eval()
+    save_mapper(path, mapper, MapperHeader(SPACES[space], "toy", 16, "abc"))
+    return mapper
+
+
+def euler(velocity, shift, scale, offset):
+    """Three steps of rectified flow from the noise of seed 7, as ComfyUI numbers and shifts them; back from scale."""
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(7))
+    even = torch.tensor([1.0, 0.667, 0.334] if shift == 3 else [1.0, 0.6667, 0.3334])
+    sigmas = [*(shift * even / (1 + (shift - 1) * even)), torch.tensor(0.0)]
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        latents = latents + (following - sigma) * velocity(latents, sigma)
+    return latents / scale + offset
+
+
+@pytest.mark.space("sd3", "ComfyUI")
+@torch.no_grad()
+def test_comfyui_draws_with_sd3_from_vokens_what_diffusers_draws(inside, tmp_path):
+    torch.manual_seed(0)
+    transformer = make_sd3()
+    save_file(transformer.state_dict(), tmp_path / "transformer.safetensors")
+    save_toy_mapper("flux", tmp_path / "other.safetensors")
+    mapper = save_toy_mapper("sd3", tmp_path / "mapper.safetensors")
+    states = torch.randn(1, 8, 16)
+    found = inside("flow", states=states, cfg=torch.tensor(4.0))
+    sides = mapper(states), mapper.negative()
+
+    def velocity(latents, sigma, cfg=4.0):
+        one, other = (
+            transformer(latents, side.tokens, side.pooled, 1000 * sigma[None]).sample for side in sides
+        )
+        return other + cfg * (one - other)
+
+    expected = euler(velocity, 3.0, 1.5305, 0.0609)
+    other = euler(partial(velocity, cfg=1.0), 3.0, 1.5305, 0.0609)
+    assert found["refused"]
+    assert (found["latents"] - expected).abs().max() < 1e-3 * (expected - other).abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.space("flux", "ComfyUI")
+@torch.no_grad()
+def test_comfyui_draws_with_flux_from_vokens_what_diffusers_draws(inside, tmp_path):
+    from diffusers import FluxPipeline
+
+    torch.manual_seed(0)
+    transformer = make_flux()
+    half = {name: weight.bfloat16() for name, weight in transformer.state_dict().items()}
+    save_file(half, tmp_path / "transformer.safetensors")
+    save_toy_mapper("sd3", tmp_path / "other.safetensors")
+    mapper = save_toy_mapper("flux", tmp_path / "mapper.safetensors")
+    states = torch.randn(1, 8, 16)
+    found = inside("flow", states=states, cfg=torch.tensor(1.0), guidance=torch.tensor(2.5))
+    places = FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
+
+    def velocity(latents, sigma, answer):
+        packed = transformer(
+            FluxPipeline._pack_latents(latents, 1, 16, 8, 8), answer.tokens, answer.pooled, sigma[None], places,
+            torch.zeros(256, 3), torch.tensor([2.5]),
+        ).sample  # fmt: skip
+        return FluxPipeline._unpack_latents(packed, 64, 64, 8)
+
+    expected, other = (
+        euler(partial(velocity, answer=answer), math.exp(1.15), 0.3611, 0.1159)
+        for answer in (mapper(states), mapper.negative())
+    )
+    assert found["refused"]
+    assert (found["latents"] - expected).abs().max() < 1e-3 * (expected - other).abs().max()

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from minigpt5_core.families.base import SeeingFamily
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.weights import atomic_save
 
+from ..backbone.base import Backbone
 from .records import BrokenPicture, Picture
 
 VERSION = "1"  # to be raised where the same key would stand for another value
@@ -118,13 +118,13 @@ class FeatureKeys:
     The models must stay as they are: nothing is noticed of a training that changes them.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, llm: FrozenLLM | None = None) -> None:
-        self.tokenizers = _parts(pipeline, "tokenizer")
-        encoders = _parts(pipeline, "text_encoder")
-        self.pools = len(encoders) > 1  # SDXL
-        self.side: int = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-        self.vae = fingerprint(pipeline.vae, dict(pipeline.vae.config))
-        self.text_encoder = " ".join(fingerprint(part, part.config.to_dict()) for part in encoders)
+    def __init__(self, backbone: Backbone, llm: FrozenLLM | None = None) -> None:
+        self.token_ids = backbone.token_ids
+        self.pools, self.side = backbone.pools, backbone.side
+        vae = backbone.pipeline.vae
+        self.vae = fingerprint(vae, dict(vae.config))
+        encoders = [fingerprint(part, part.config.to_dict()) for part in backbone.text_encoders()]
+        self.text_encoder = " ".join([*encoders, *filter(None, [backbone.joined])])
         self.sight = None if llm is None else _sight(llm)
 
     def latents(self, picture: Picture) -> str:
@@ -137,7 +137,7 @@ class FeatureKeys:
 
     def target(self, caption: str) -> str:
         """By what the tokenizers make of the caption, which is all that the text encoders learn of it."""
-        return caption_key(self.text_encoder, [_ids(tokenizer, caption) for tokenizer in self.tokenizers])
+        return caption_key(self.text_encoder, self.token_ids(caption))
 
     def pooled(self, caption: str) -> str | None:
         """Of the same answer, the pooled vector; None where the model has none."""
@@ -153,26 +153,15 @@ def _sight(llm: FrozenLLM) -> str | None:
     return None
 
 
-def _parts(pipeline: DiffusionPipeline, name: str) -> list[Any]:
-    """The pipeline's tokenizers or text encoders, one or two."""
-    found = (getattr(pipeline, one, None) for one in (name, f"{name}_2"))
-    return [part for part in found if part is not None]
-
-
-def _ids(tokenizer: Any, caption: str) -> list[int]:
-    length = tokenizer.model_max_length
-    return list(tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids)
-
-
 class CachedFeatures:
     """A cache as training reads it. None: not in the cache, to be computed; `found` and `missed` count both.
 
     A cache of other models is no error, it has none of the answers: then `found` stays 0.
     """
 
-    def __init__(self, folder: Path, pipeline: DiffusionPipeline, llm: FrozenLLM | None = None) -> None:
+    def __init__(self, folder: Path, backbone: Backbone, llm: FrozenLLM | None = None) -> None:
         self.cache = FeatureCache(folder)
-        self.keys = FeatureKeys(pipeline, llm)
+        self.keys = FeatureKeys(backbone, llm)
         self.found = self.missed = 0
 
     def told(self) -> str:

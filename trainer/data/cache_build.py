@@ -96,7 +96,7 @@ class Filling:
 
     def __init__(self, folder: Path, backbone: Backbone, llm: FrozenLLM | None) -> None:
         self.backbone, self.llm = backbone, llm
-        self.cache, self.keys = FeatureCache(folder), FeatureKeys(backbone.pipeline, llm)
+        self.cache, self.keys = FeatureCache(folder), FeatureKeys(backbone, llm)
         self.built = Built(ignored=dict(self.cache.ignored))
         self.waiting: dict[str, Tensor] = {}
         self.size = 0  # of those, in bytes

@@ -1,0 +1,457 @@
+"""SD3 and Flux in training and drawing, on diffusers' own classes at toy size: targets, times and losses by hand."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from minigpt5_core import conditioning
+from minigpt5_core.conditioning import Space
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.losses import flow_loss
+from minigpt5_core.mapper import build_mapper, compact_config
+from minigpt5_core.pipeline import StoryTeller, load_diffusion, prompt_arguments, space_of
+from minigpt5_core.story import Story
+from minigpt5_core.weights import load_mapper
+from trainer import align
+from trainer.align import AlignRecipe, train_align
+from trainer.backbone import Backbone, Targets, load_backbone
+from trainer.backbone.flow import Flux
+from trainer.cli import main
+from trainer.data.export import export_stories
+from trainer.finetune import FinetuneRecipe, train_finetune
+from trainer.stage import new_mapper
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
+WIDTH = 48  # of T5
+CLIPS = ((16, 12), (24, 10))  # widths of their tokens and of their pooled vectors
+SPACES = {"sd3": Space("toy_sd3", 154, WIDTH, 22), "flux": Space("toy_flux", 256, WIDTH, 24)}
+
+
+def clip(tokenizer, width, pooled, kind=CLIPTextModelWithProjection):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=pooled,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return kind(config)
+
+
+def t5():
+    """A T5 that reads letters, and its tokenizer."""
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz.,▁"]
+    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config), tokenizer
+
+
+def autoencoder(scale, shift):
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1, latent_channels=16, use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=scale, shift_factor=shift,
+    )  # fmt: skip
+
+
+def sd3():
+    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
+    first, second = (clip(tokenizer, *sizes) for sizes in CLIPS)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
+        joint_attention_dim=WIDTH, pooled_projection_dim=22, pos_embed_max_size=8,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    third, letters = t5()
+    vae = autoencoder(1.5305, 0.0609)
+    return StableDiffusion3Pipeline(
+        transformer, scheduler, vae, first, tokenizer, second, tokenizer, third, letters
+    )
+
+
+def flux(guided=True):
+    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
+    transformer = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
+        pooled_projection_dim=24, guidance_embeds=guided, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    reader, letters = t5()
+    first = clip(tokenizer, 24, 10, CLIPTextModel)
+    return FluxPipeline(
+        scheduler, autoencoder(0.3611, 0.1159), first, tokenizer, reader, letters, transformer
+    )
+
+
+MAKERS = {"sd3": sd3, "flux": flux, "schnell": lambda: flux(guided=False)}
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Flux has the size of its pictures nowhere but in its pipeline's code."""
+    monkeypatch.setattr(Flux, "side", 16)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for name, make in MAKERS.items():
+        torch.manual_seed(0)
+        made[name] = tmp_path_factory.mktemp(name)
+        make().save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture
+def family(request):
+    return request.param
+
+
+def every_family(check):
+    """Runs a test for each family, and counts it for that check in the table of spaces."""
+    values = [pytest.param(name, marks=pytest.mark.space(name, check)) for name in SPACES]
+    return pytest.mark.parametrize("family", values, indirect=True)
+
+
+@pytest.fixture
+def folder(folders, family, monkeypatch):
+    monkeypatch.setitem(conditioning.SPACES, SPACES[family].name, SPACES[family])
+    return folders[family]
+
+
+@pytest.fixture
+def recipe(folder, family, tiny_llm_folder, tmp_path):
+    space = SPACES[family]
+    return AlignRecipe(
+        llm=str(tiny_llm_folder), diffusion=str(folder), space=space.name, tokens=space.tokens, steps=3, batch=2,
+        image_from=0.0, preview_every=3, save_every=100, tracker="",
+        data=str(export_stories("jsonl", 2, 3, tmp_path / "data")),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The backbones that a training loads, each with its weights as they were."""
+    found = []
+
+    def load(folder):
+        backbone = load_backbone(folder)
+        parts = [part for part in backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        found.append((parts, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]))
+        return backbone
+
+    monkeypatch.setattr(align, "load_backbone", load)
+    return found
+
+
+def losses(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def by_hand(family, pipeline, noisy, sigma, answer):
+    """The velocity of one sample, (1, 16, h, w)."""
+    if family == "flux":
+        return flux_by_hand(pipeline, noisy, sigma, answer)
+    return pipeline.transformer(
+        hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=answer.tokens,
+        pooled_projections=answer.pooled, return_dict=False,
+    )[0]  # fmt: skip
+
+
+def flux_by_hand(pipeline, noisy, sigma, answer):
+    """Each patch of 2 x 2 is a token of 64 numbers, channel by channel, and knows its row and column."""
+    rows, columns = noisy.shape[2] // 2, noisy.shape[3] // 2
+    places = [(row, column) for row in range(rows) for column in range(columns)]
+    patches = [noisy[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] for row, column in places]
+    guidance = torch.ones(1) if pipeline.transformer.config.guidance_embeds else None
+    packed = pipeline.transformer(
+        hidden_states=torch.stack([patch.flatten() for patch in patches])[None], timestep=sigma, guidance=guidance,
+        encoder_hidden_states=answer.tokens, pooled_projections=answer.pooled, txt_ids=torch.zeros(256, 3),
+        img_ids=torch.tensor([[0.0, row, column] for row, column in places]), return_dict=False,
+    )[0]  # fmt: skip
+    found = torch.zeros_like(noisy)
+    for (row, column), patch in zip(places, packed[0], strict=True):
+        found[0, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patch.view(-1, 2, 2)
+    return found
+
+
+# Training
+
+
+@every_family("train")
+@pytest.mark.slow
+def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, family, loaded, tmp_path):
+    train_align(recipe, tmp_path / "align")
+    assert (tmp_path / "align" / "preview_000003.png").is_file()
+    assert len(losses(tmp_path / "align")) == 3
+    ((parts, before),) = loaded
+    for part, weights in zip(parts, before, strict=True):
+        assert all(torch.equal(weights[name], now) for name, now in part.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in part.parameters())
+    named = {
+        name: getattr(recipe, name) for name in ("llm", "diffusion", "space", "tokens", "data", "tracker")
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)  # it takes a process's first precision for good
+    half = {"precision": "bf16", "llm_precision": "bf16", "gradient_checkpointing": True}
+    train_finetune(
+        FinetuneRecipe(**named, **half, steps=2, batch=1, image_from=0.0),
+        tmp_path / "told",
+        tmp_path / "align",
+    )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    one, other = (load_file(tmp_path / run / "mapper.safetensors") for run in ("align", "told"))
+    assert all(
+        not torch.equal(one[f"{name}.weight"], other[f"{name}.weight"]) for name in ("output", "pooled_head")
+    )
+    mapper, header = load_mapper(tmp_path / "told" / "mapper.safetensors")
+    answer = mapper(torch.zeros(1, 8, header.llm_width))
+    space = SPACES[family]
+    assert answer.tokens.shape == (1, space.tokens, WIDTH) and answer.pooled.shape == (1, space.pooled_width)
+    assert header.space == space
+
+
+@every_family("train")
+@pytest.mark.slow
+def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder, tmp_path):
+    train_align(recipe, tmp_path / "pixels")
+    given = ["--format", "jsonl", "--out", str(tmp_path / "cache"), "--diffusion", str(folder)]
+    assert main(["data", "cache", recipe.data, *given]) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
+        patched.setattr("trainer.backbone.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
+        cached = replace(recipe, cache=str(tmp_path / "cache"), gradient_checkpointing=True)
+        train_align(cached, tmp_path / "cached")
+    assert len(losses(tmp_path / "pixels")) == 3
+    for pixels, kept in zip(losses(tmp_path / "pixels"), losses(tmp_path / "cached"), strict=True):
+        assert kept == pytest.approx(pixels, rel=1e-4)
+
+
+@every_family("train")
+def test_the_loss_is_the_squared_error_of_the_velocity(folder, family):
+    backbone = load_backbone(folder)
+    size = backbone.side // backbone.pipeline.vae_scale_factor
+    latents, noise = torch.randn(2, 2, 16, size, size)
+    sigma, answer = torch.tensor([0.2, 0.9]), backbone.encode(["a fox", "a bear"])
+    with torch.no_grad():
+        found = backbone.loss(answer, latents, noise, sigma, 5.0)
+        errors = []
+        for row in range(2):
+            one = conditioning.Conditioning(answer.tokens[row : row + 1], answer.pooled[row : row + 1])
+            noisy = latents[row] + sigma[row] * (noise[row] - latents[row])  # from the picture to the noise
+            velocity = by_hand(family, backbone.pipeline, noisy[None], sigma[row : row + 1], one)
+            errors.append((velocity[0] - (noise[row] - latents[row])).square().mean().item())
+    assert found.item() == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_a_flux_without_guidance_is_asked_without(folders):
+    backbone = load_backbone(folders["schnell"])
+    answer, sigma = backbone.encode(["a fox"]), torch.tensor([0.3])
+    noisy = torch.randn(1, 16, 4, 8)  # higher than wide: rows and columns are told apart
+    with torch.no_grad():
+        found = backbone.predict(noisy, sigma, answer)
+        expected = flux_by_hand(backbone.pipeline, noisy, sigma, answer)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@every_family("train")
+def test_a_conditioning_gets_a_gradient_through_the_frozen_model(folder):
+    backbone = load_backbone(folder)
+    size = backbone.side // backbone.pipeline.vae_scale_factor
+    answer = backbone.encode(["a fox"])
+    given = conditioning.Conditioning(
+        answer.tokens.clone().requires_grad_(), answer.pooled.clone().requires_grad_()
+    )
+    latents, noise = torch.randn(2, 1, 16, size, size)
+    backbone.loss(given, latents, noise, torch.tensor([0.5]), 5.0).backward()
+    assert given.tokens.grad.abs().sum() > 0 and given.pooled.grad.abs().sum() > 0
+
+
+def test_the_loss_of_the_true_velocity_is_zero_and_every_sample_weighs_alike():
+    clean, noise = torch.randn(2, 2, 16, 4, 4)
+    assert flow_loss(noise - clean, clean, noise).item() == pytest.approx(0, abs=1e-12)
+    off = torch.stack([torch.full((16, 4, 4), 1.0), torch.full((16, 4, 4), 3.0)])
+    assert flow_loss(noise - clean + off, clean, noise).item() == pytest.approx((1 + 9) / 2, rel=1e-5)
+
+
+@every_family("train")
+def test_times_are_logit_normal_shifted_as_the_scheduler_shifts(folder):
+    backbone = load_backbone(folder)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
+    for given, expected in (
+        ({"shift": 3.0, "use_dynamic_shifting": False}, math.log(3)),
+        ({"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 28}, 0.5 + 0.65 * 12 / 24),
+    ):  # fmt: skip
+        backbone.pipeline.scheduler.register_to_config(**given)
+        logits = torch.logit(backbone.times(generators).double())
+        assert logits.mean().item() == pytest.approx(expected, abs=0.1)
+        assert logits.std().item() == pytest.approx(1, abs=0.05)
+
+
+@every_family("train")
+def test_the_times_of_a_sample_follow_from_its_seed_alone(folder):
+    backbone = load_backbone(folder)
+    both = backbone.times([torch.Generator().manual_seed(seed) for seed in (5, 6)])
+    assert torch.equal(backbone.times([torch.Generator().manual_seed(6)]), both[1:])
+
+
+def test_a_space_that_is_not_the_models_is_said_before_anything_is_trained(tiny_llm, folders):
+    targets = Targets(load_backbone(folders["sd3"]), ["a fox"])
+    recipe = AlignRecipe(space="sd3", tokens=154)
+    with pytest.raises(
+        BadInputError, match=r"sd3 \(154 x 4096 .* expects StableDiffusion3Pipeline \(154 x 48 "
+    ):
+        new_mapper(recipe, tiny_llm, targets)
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        pytest.raises(BadInputError, match="Set tokens=154, or caption"),
+    ):
+        patched.setitem(conditioning.SPACES, "toy_sd3", SPACES["sd3"])
+        new_mapper(AlignRecipe(space="toy_sd3"), tiny_llm, targets)
+
+
+# Targets and latents
+
+
+def test_sd3s_targets_are_two_clips_side_by_side_and_then_t5(folders):
+    backbone = load_backbone(folders["sd3"])
+    answer, pipeline = backbone.encode(["a fox", ""]), backbone.pipeline
+    assert answer.tokens.shape == (2, 154, WIDTH) and answer.pooled.shape == (2, 22)
+    ids = pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
+    both = [part(ids, output_hidden_states=True) for part in (pipeline.text_encoder, pipeline.text_encoder_2)]
+    tokens = torch.cat([part.hidden_states[-2] for part in both], -1)
+    assert torch.allclose(answer.tokens[:, :77, :40], tokens, atol=1e-6)
+    assert not answer.tokens[:, :77, 40:].any()
+    letters = pipeline.tokenizer_3(["a fox", ""], padding="max_length", max_length=77, return_tensors="pt")
+    assert torch.allclose(
+        answer.tokens[:, 77:], pipeline.text_encoder_3(letters.input_ids).last_hidden_state, atol=1e-6
+    )
+    assert torch.allclose(answer.pooled, torch.cat([part.text_embeds for part in both], -1), atol=1e-6)
+
+
+def test_fluxs_targets_are_t5s_tokens_and_the_pooled_vector_of_a_clip(folders):
+    backbone = load_backbone(folders["flux"])
+    answer, pipeline = backbone.encode(["a fox", ""]), backbone.pipeline
+    letters = pipeline.tokenizer_2(["a fox", ""], padding="max_length", max_length=256, return_tensors="pt")
+    tokens = pipeline.text_encoder_2(letters.input_ids).last_hidden_state
+    assert answer.tokens.shape == (2, 256, WIDTH) and torch.allclose(answer.tokens, tokens, atol=1e-6)
+    ids = pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
+    assert torch.allclose(answer.pooled, pipeline.text_encoder(ids).pooler_output, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["deleted", "null"])
+def test_sd3_without_t5_is_trained_on_zeros_in_its_place(folders, tmp_path, how):
+    shutil.copytree(folders["sd3"], tmp_path, dirs_exist_ok=True)
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(tmp_path / name)
+    if how == "null":
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        nothing = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index | nothing))
+    backbone, whole = load_backbone(tmp_path), load_backbone(folders["sd3"])
+    answer, full = backbone.encode(["a fox"]), whole.encode(["a fox"])
+    assert torch.equal(answer.tokens[:, :77], full.tokens[:, :77]) and torch.equal(answer.pooled, full.pooled)
+    assert answer.tokens.shape == (1, 154, WIDTH) and not answer.tokens[:, 77:].any()
+    assert len(backbone.token_ids("a fox")) == 2 and len(whole.token_ids("a fox")) == 3
+    targets = Targets(backbone, ["a fox", "a bear"])
+    assert (targets.deviation[77:] == torch.tensor(1e-2)).all()
+    assert targets.loss(answer, ["a fox"], standardised=True).item() == 0
+
+
+def test_a_model_without_the_text_encoders_that_a_mapper_learns_from_is_refused(folders, tmp_path):
+    shutil.copytree(folders["sd3"], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "text_encoder_2")
+    with pytest.raises(BadInputError, match=r"comes without its text_encoder_2, .* Give the whole folder"):
+        load_backbone(tmp_path)
+
+
+@every_family("train")
+def test_latents_are_shifted_and_scaled(folder):
+    backbone = load_backbone(folder)
+    vae, side = backbone.pipeline.vae, backbone.side
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    found = backbone.latents([Image.fromarray(pixels)])
+    scaled = torch.from_numpy(pixels).float().permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        plain = vae.encode(scaled).latent_dist.mean
+    assert (
+        torch.allclose(found, (plain - vae.config.shift_factor) * vae.config.scaling_factor, atol=1e-5)
+        and vae.config.shift_factor
+    )
+
+
+# Drawing
+
+
+@every_family("diffusers")
+def test_a_target_draws_what_its_caption_draws(folder, family):
+    backbone = load_backbone(folder)
+    drawn = backbone.draw(backbone.encode(["a fox", "a bear"]), backbone.encode([""]), seed=3)
+    generator = torch.Generator().manual_seed(3)
+    same = {
+        "height": backbone.side, "width": backbone.side, "num_inference_steps": 15, "generator": generator,
+        "max_sequence_length": backbone.t5_tokens, "guidance_scale": backbone.guidance,
+    }  # fmt: skip
+    asked = {"sd3": {"negative_prompt": ""}, "flux": {}}[family]
+    for picture, caption in zip(drawn, ["a fox", "a bear"], strict=True):
+        expected = backbone.pipeline(caption, **same, **asked).images[0]
+        assert picture.size == (backbone.side,) * 2
+        assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1
+    assert np.abs(np.asarray(drawn[0], int) - np.asarray(drawn[1], int)).max() > 1
+
+
+def test_flux_is_guided_away_from_the_mappers_negative_where_true_cfg_scale_asks_for_it(folders):
+    backbone = load_backbone(folders["schnell"])
+    pipeline, side = backbone.pipeline, backbone.side
+    given = prompt_arguments(backbone.encode(["a fox"]), backbone.encode([""]))
+    same = {
+        "height": side, "width": side, "num_inference_steps": 2, "output_type": "latent", "true_cfg_scale": 4.0,
+    }  # fmt: skip
+    drawn, told, plain = (
+        pipeline(**arguments, generator=torch.Generator().manual_seed(0)).images
+        for arguments in (
+            same | given,
+            same | {"prompt": "a fox", "negative_prompt": "", "max_sequence_length": 256},
+            same | given | {"true_cfg_scale": 1.0},
+        )
+    )
+    assert torch.allclose(drawn, told, atol=1e-5) and not torch.allclose(drawn, plain, atol=1e-3)
+
+
+@every_family("diffusers")
+def test_a_story_is_told_with_pictures(folder, family, tiny_llm):
+    torch.manual_seed(0)
+    pipeline = load_diffusion(folder)
+    pipeline.default_sample_size = 8  # Flux's would be 128, whatever its size
+    space = space_of(pipeline, SPACES[family])
+    assert space == SPACES[family]
+    teller = StoryTeller(tiny_llm, build_mapper(compact_config(space, tiny_llm.width)).eval(), pipeline)
+    one, other = teller.tell(Story("Mia the fox.", seed=4), scenes=2, steps=2)
+    assert one.picture is not None and one.picture.tobytes() != other.picture.tobytes()

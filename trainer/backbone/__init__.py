@@ -1,0 +1,48 @@
+"""The frozen text-to-image model as training needs it: its text encoders' answers, and how wrong it is about pictures.
+
+A class a family, found by the folder's diffusers pipeline: SD 1.5 and SD 2.1 (the storybook's model is of this kind),
+SDXL, SD3 and SD3.5, Flux.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.pipeline import load_diffusion
+
+from .base import Backbone, Features
+from .flow import Flux, Sd3
+from .targets import Targets
+from .unet import Sd, Sdxl
+
+__all__ = ["FAMILIES", "Backbone", "Features", "Targets", "load_backbone"]
+
+FAMILIES: dict[type, type[Backbone]] = {
+    StableDiffusionPipeline: Sd,
+    StableDiffusionXLPipeline: Sdxl,
+    StableDiffusion3Pipeline: Sd3,
+    FluxPipeline: Flux,
+}
+
+
+def load_backbone(folder: Path) -> Backbone:
+    """The model of a diffusers folder, frozen; BadInputError when there is none, or one of another kind."""
+    pipeline = load_diffusion(folder)
+    family = next((FAMILIES[kind] for kind in FAMILIES if isinstance(pipeline, kind)), None)
+    if family is None:
+        raise BadInputError(
+            f"{folder} holds a {type(pipeline).__name__}; mappers are trained for "
+            f"{', '.join(kind.__name__ for kind in FAMILIES)}. Set diffusion to one of these."
+        )
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
+    pipeline.vae.enable_slicing()  # a batch of large pictures at once would need more than training does
+    return family(pipeline)

@@ -1,0 +1,78 @@
+"""SD 1.5, SD 2.1 and SDXL: a UNet that predicts noise or velocity, at one of the scheduler's timesteps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from torch import Tensor
+
+from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.losses import compute_snr, diffusion_loss
+
+from .base import Backbone
+
+
+class Sd(Backbone):
+    """SD 1.5 and SD 2.1. Timesteps are drawn evenly; the loss is weighed by min-SNR."""
+
+    needed: tuple[str, ...] = ("text_encoder",)
+    pools = False
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        super().__init__(pipeline)
+        pipeline.safety_checker = None  # not asked in training, and larger than SD 1.5's text encoder
+        self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+        kind = self.noise.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise BadInputError(
+                f"The diffusion model predicts {kind!r}; only epsilon and v_prediction are trained on."
+            )
+        self.velocity = kind == "v_prediction"
+
+    def ask(self, texts: list[str]) -> Conditioning:
+        return Conditioning(self._ask_pipeline(texts)[0])
+
+    def _ask_pipeline(self, texts: list[str]) -> Any:
+        return self.pipeline.encode_prompt(
+            texts, device=self.pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+
+    def times(self, generators: Sequence[torch.Generator]) -> Tensor:
+        most = self.noise.config.num_train_timesteps
+        return torch.cat([torch.randint(0, most, (1,), generator=one) for one in generators])
+
+    def loss(
+        self, answer: Conditioning, latents: Tensor, noise: Tensor, times: Tensor, gamma: float
+    ) -> Tensor:
+        noisy = self.noise.add_noise(latents, noise, times)
+        predicted = self.network(noisy, times, answer.tokens, **self.besides(answer)).sample
+        target = self.noise.get_velocity(latents, noise, times) if self.velocity else noise
+        snr = compute_snr(self.noise.alphas_cumprod, times)
+        return diffusion_loss(predicted, target, snr, gamma, self.velocity)
+
+    def besides(self, answer: Conditioning) -> dict[str, Any]:
+        """What the UNet is given besides tokens."""
+        return {}
+
+
+class Sdxl(Sd):
+    """SDXL: two text encoders side by side, the pooled vector of the second, and sizes."""
+
+    needed = ("text_encoder", "text_encoder_2")
+    pools = True
+
+    def ask(self, texts: list[str]) -> Conditioning:
+        found = self._ask_pipeline(texts)
+        return Conditioning(found[0], found[2])
+
+    def besides(self, answer: Conditioning) -> dict[str, Any]:
+        # as a picture that was neither scaled nor cropped: original size, corner, size
+        sizes = answer.tokens.new_tensor([[self.side, self.side, 0, 0, self.side, self.side]])
+        return {
+            "added_cond_kwargs": {
+                "text_embeds": answer.pooled,
+                "time_ids": sizes.expand(len(answer.tokens), -1),
+            }
+        }
