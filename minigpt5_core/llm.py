@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapter import OTHER_LLM, merge_adapter, read_adapter
+from .adapter import OTHER_LLM, Adapter, merge_adapter, read_adapter
 from .errors import BadInputError
 from .prefix import Prefix
 from .vision import ImageEncoder, load_image_adapter, to_square
@@ -40,7 +40,8 @@ class FrozenLLM:
     """A causal LM and its tokenizer, both with vokens. Nothing of it needs gradients until an adapter is trained.
 
     `causal_lm` may carry PEFT layers; `width` is L. With an `image_encoder` it sees. A learned `prefix` gives a cache
-    for so many stories that begins with it.
+    for so many stories that begins with it. `bos_id` is what an adapter's prompts begin with, None where it is the
+    tokenizer's own affair.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,6 +50,7 @@ class FrozenLLM:
     image_encoder: ImageEncoder | None = None
     prefix: Callable[[int], DynamicCache] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
+    bos_id: int | None = None
 
     @property
     def width(self) -> int:
@@ -80,6 +82,11 @@ class FrozenLLM:
                 "This LLM already has an adapter with a prefix, and only one can stand in front."
             )
         return self if prefix is None else replace(self, prefix=prefix)
+
+    def adapted(self, adapter: Adapter) -> "FrozenLLM":
+        """This LLM with what an adapter says besides its weights: a prefix in front, a beginning of its own."""
+        llm = self.prefixed(adapter.prefix)
+        return llm if adapter.bos_id is None else replace(llm, bos_id=adapter.bos_id)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) ids -> (B, S, L)."""
@@ -170,7 +177,7 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
         adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids)
     merge_adapter(llm.causal_lm, adapter)
-    return llm.prefixed(adapter.prefix)
+    return llm.adapted(adapter)
 
 
 def load_sight(

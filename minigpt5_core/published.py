@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
@@ -147,9 +148,10 @@ def build_published_mapper(weights: PublishedWeights, heads: int = 8, vokens: in
         layers=len(layers),
         feed_forward=len(weights.mapper["transformer.encoder.layers.0.linear1.weight"]),
     )
-    mapper = ReferenceMapper(config).eval()
+    with torch.device("meta"):
+        mapper = ReferenceMapper(config)
     _load(mapper, weights.mapper, "mapper")
-    return mapper
+    return mapper.eval()
 
 
 def build_published_llm(
@@ -184,7 +186,13 @@ def _add_lora(model: nn.Module, lora: dict[str, Tensor], alpha: float) -> None:
 
 
 def _load(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise BadInputError(f"The checkpoint's tensors are not those of the {what}: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if strays := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        first = strays[0]
+        raise BadInputError(
+            f"The checkpoint's tensors are not those of the {what}: {len(strays)} differ; {first} is "
+            f"{found.get(first, 'missing')}, expected {expected.get(first, 'no such tensor')}. Do the files belong "
+            "together, and is each whole?"
+        )
+    module.load_state_dict(tensors, strict=True, assign=True)

@@ -28,7 +28,8 @@ KEYS = tuple(f"minigpt5.{name}" for name in ("format_version", "mapper", "vokens
 class MapperHeader:
     """What a mapper belongs to: its conditioning space, the LLM it listens to, and how it was trained.
 
-    `llm_hash` is `hash_weights` of the LLM's folder; `trained` holds stage, steps, data, seed, code version.
+    `llm_hash` is `hash_weights` of the LLM's folder, empty where it was not known; `trained` holds stage, steps, data,
+    seed, code version.
     """
 
     space: Space

@@ -138,7 +138,7 @@ class LoadAdapter(io.ComfyNode):
             )
         patcher = llm.patcher.clone()
         patcher.add_patches(_patches(adapter, llm), strength)
-        frozen = llm.frozen.prefixed(adapter.prefix)
+        frozen = llm.frozen.adapted(adapter)
         adapters = (*llm.adapters, adapter_name)
         return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters))
 
@@ -179,7 +179,7 @@ def _manage(frozen: FrozenLLM) -> Any:
 
 
 def _patches(adapter: Adapter, llm: LoadedLLM) -> dict[str, Any]:
-    """The adapter as ComfyUI's LoRA patches.
+    """The adapter as ComfyUI's LoRA patches; a whole matrix is its difference from the one that is there.
 
     New voken rows are a LoRA too: a one-hot column for each row, times its difference from the row that is there.
     """
@@ -189,6 +189,9 @@ def _patches(adapter: Adapter, llm: LoadedLLM) -> dict[str, Any]:
     keys: dict[str, str] = {}
     for module, (down, up) in adapter.lora.items():
         _add(parts, keys, module, down, up, adapter.scale)
+    for module, whole in adapter.whole.items():
+        parts[f"{module}.diff"] = whole.float() - _unpatched(llm, module).float().cpu()
+        keys[module] = f"causal_lm.{module}.weight"
     for module, rows in _all_rows(adapter, llm).items():
         weight = llm.frozen.causal_lm.get_submodule(module).weight
         down = rows.float() - _unpatched(llm, module)[adapter.voken_ids].float().cpu()
@@ -213,7 +216,7 @@ def _all_rows(adapter: Adapter, llm: LoadedLLM) -> dict[str, torch.Tensor]:
     table = names[id(causal_lm.get_input_embeddings())]
     head = names[id(causal_lm.get_output_embeddings())]
     tied = causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
-    return adapter.rows | ({head: adapter.rows[table]} if tied else {})
+    return adapter.rows | ({head: adapter.rows[table]} if tied and adapter.rows else {})
 
 
 def _unpatched(llm: LoadedLLM, module: str) -> torch.Tensor:
