@@ -21,9 +21,10 @@ from transformers import (
 from .adapter import OTHER_LLM, Adapter, merge_adapter, read_adapter
 from .errors import BadInputError
 from .prefix import Prefix
-from .vision import ImageEncoder, load_image_adapter, to_square
+from .qformer import QFormerEncoder, load_qformer
+from .vision import ImageEncoder, load_image_adapter
 from .vokens import PICTURE, voken_strings
-from .weights import IMAGE_ADAPTER, hash_weights
+from .weights import IMAGE_ADAPTER, QFORMER, hash_weights
 
 # What transformers and diffusers raise for a folder that is broken or foreign. safetensors has its own error,
 # which derives from Exception; ImportError says which package a tokenizer or a model class needs.
@@ -47,7 +48,7 @@ class FrozenLLM:
     tokenizer: PreTrainedTokenizerBase
     causal_lm: PreTrainedModel
     voken_ids: list[int]
-    image_encoder: ImageEncoder | None = None
+    image_encoder: ImageEncoder | QFormerEncoder | None = None
     prefix: Callable[[int], DynamicCache] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
     bos_id: int | None = None
@@ -106,7 +107,7 @@ class FrozenLLM:
         """(H, W, 3) in [0, 1] -> (K, L) image tokens, computed once a picture; None for an LLM that does not see."""
         if self.image_encoder is None:
             return None
-        square = to_square(picture[None], self.image_encoder.config.size)
+        square = self.image_encoder.prepare(picture[None])
         key = hashlib.sha256(square.cpu().numpy().tobytes()).hexdigest()
         if key not in self.seen:
             weight = self.image_encoder.projector.weight
@@ -156,7 +157,8 @@ def load_llm(
 def add_vokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int) -> FrozenLLM:
     """Adds voken tokens to a tokenizer and their rows to a model, and freezes the model."""
     strings = voken_strings(vokens)
-    tokenizer.add_tokens([*strings, PICTURE], special_tokens=True)
+    known = tokenizer.get_vocab()  # those already there keep their ways with the white space beside them
+    tokenizer.add_tokens([name for name in (*strings, PICTURE) if name not in known], special_tokens=True)
     voken_ids = tokenizer.convert_tokens_to_ids(strings)
     rows = model.get_input_embeddings().num_embeddings
     if max(voken_ids) >= rows:
@@ -183,19 +185,19 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
 def load_sight(
     llm: FrozenLLM, folder: Path, spare: Path | None = None, chosen: Path | None = None
 ) -> FrozenLLM:
-    """Lets the LLM of `folder` see: by the `chosen` image adapter, by that in its folder, or by `spare`.
+    """Lets the LLM of `folder` see: by the `chosen` image adapter, by what is in its folder, or by `spare`.
 
-    `spare` serves only the weights it was trained for; an LLM without any stays blind. Raises BadInputError for an
-    adapter, chosen or in the folder, that is broken or for another width.
+    In its folder may be an image adapter or a converted Q-Former. `spare` serves only the weights it was trained for;
+    an LLM without any stays blind. Raises BadInputError for one, chosen or in the folder, that is broken or for another
+    width.
     """
-    own = chosen or folder / IMAGE_ADAPTER
-    if chosen or own.is_file():
-        encoder, header = load_image_adapter(own)
-        if header.llm_width != llm.width:
-            raise BadInputError(
-                f"{own} was trained for the LLM {header.llm_id} of width {header.llm_width}, but this one is "
-                f"{llm.width} wide. Leave it out, or train one for this LLM: python -m trainer image-adapter"
-            )
+    encoder: ImageEncoder | QFormerEncoder
+    if chosen is None and (folder / QFORMER).is_file():
+        encoder = load_qformer(folder / QFORMER, llm.causal_lm.dtype)
+        _check_width(llm, folder / QFORMER, encoder.config.llm_width)
+    elif chosen or (folder / IMAGE_ADAPTER).is_file():
+        encoder, header = load_image_adapter(chosen or folder / IMAGE_ADAPTER)
+        _check_width(llm, chosen or folder / IMAGE_ADAPTER, header.llm_width, header.llm_id)
     elif spare is not None and spare.is_file():
         encoder, header = load_image_adapter(spare)
         if header.llm_hash != hash_weights(folder):
@@ -204,6 +206,19 @@ def load_sight(
         return llm
     llm.image_encoder = encoder.requires_grad_(False).to(llm.device)
     return llm
+
+
+def has_sight(folder: Path) -> bool:
+    """Whether the folder of an LLM holds what it sees with."""
+    return any((folder / name).is_file() for name in (IMAGE_ADAPTER, QFORMER))
+
+
+def _check_width(llm: FrozenLLM, file: Path, width: int, llm_id: str = "it was converted with") -> None:
+    if width != llm.width:
+        raise BadInputError(
+            f"{file} was trained for the LLM {llm_id} of width {width}, but this one is {llm.width} wide. Leave it "
+            "out, or train one for this LLM: python -m trainer image-adapter"
+        )
 
 
 @contextmanager

@@ -71,14 +71,14 @@ class LoadLLM(io.ComfyNode):
 
         require_version("transformers>=4.56", "Update it in ComfyUI's Python: pip install -U transformers")
 
-        from ..minigpt5_core.llm import load_llm, load_sight
+        from ..minigpt5_core.llm import has_sight, load_llm, load_sight
         from ..minigpt5_core.llm_files import default_llm
         from ..minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
 
         folder = folders.find_llm(llm_name) or default_llm()
         frozen = load_llm(folder, vokens, dtype=_dtype(dtype))
         frozen = load_sight(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
-        eyes_for = "" if (folder / IMAGE_ADAPTER).is_file() else folders.STORYBOOK_ADAPTER
+        eyes_for = "" if has_sight(folder) else folders.STORYBOOK_ADAPTER
         return io.NodeOutput(
             LoadedLLM(_manage(frozen), frozen, llm_name, hash_weights(folder), eyes_for=eyes_for)
         )

@@ -38,7 +38,7 @@ def test_everything_the_published_code_computed_is_computed_here_too(fixtures):
     for stage in ("stage1", "stage2"):
         with safe_open(fixtures / stage / "expected.safetensors", framework="pt") as opened:
             results = {name for name in opened.keys() if name.startswith(("out.", "grad.", "gen."))}  # noqa: SIM118
-        assert results | {"in.input_ids", "in.labels", "in.attention_mask"} <= names
+        assert results | {"in.input_ids", "in.labels", "in.attention_mask", "vision.image_embeds"} <= names
 
 
 @pytest.mark.parametrize(

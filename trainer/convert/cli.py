@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_minigpt4(commands)
     _add_minigpt5(commands)
     for command in commands.choices.values():
         command.add_argument(
@@ -51,6 +52,43 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--dry-run", action="store_true", help="list what would happen, write nothing")
     return parser
+
+
+def _add_minigpt4(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("minigpt4", help="Vicuna and what it sees with: the folder of an LLM")
+    parser.add_argument(
+        "--vicuna",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="its Hugging Face folder with tokenizer.model",
+    )
+    parser.add_argument(
+        "--vit",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="eva_vit_g.pth, or a file or folder that holds it",
+    )
+    parser.add_argument(
+        "--qformer", type=Path, required=True, metavar="FILE", help="LAVIS's file, or a folder of BLIP-2"
+    )
+    parser.add_argument(
+        "--projection", type=Path, required=True, metavar="FILE", help="such as prerained_minigpt4_7b.pth"
+    )
+    parser.add_argument("--vit-heads", type=int, default=16, help="published: 16")
+    parser.add_argument("--qformer-heads", type=int, default=12, help="published: 12")
+    parser.add_argument("--vokens", type=int, default=8, help="published: 8")
+    parser.set_defaults(command=_minigpt4)
+
+
+def _minigpt4(arguments: argparse.Namespace) -> None:
+    from .minigpt4 import Sizes, Sources, convert_minigpt4
+
+    sources = Sources(arguments.vicuna, arguments.vit, arguments.qformer, arguments.projection)
+    sizes = Sizes(arguments.vit_heads, arguments.qformer_heads, arguments.vokens)
+    found = convert_minigpt4(sources, arguments.out, sizes, arguments.dry_run)
+    _show(found.report, arguments)
 
 
 def _add_minigpt5(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

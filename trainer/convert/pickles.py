@@ -28,12 +28,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             mapped = file.read(len(ZIP)) == ZIP
+    except OSError as error:
+        raise BadInputError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
+    try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise BadInputError(_refusal(path, str(error))) from error
-    except OSError as error:
-        raise BadInputError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise BadInputError(
             f"{path} is not a whole PyTorch file ({_first_line(error)}). It may be cut short: download it again."
         ) from error
