@@ -20,6 +20,8 @@ from minigpt5_core.weights import hash_weights, load_mapper
 from tests import published_files as files
 from trainer.cli import main
 from trainer.convert import minigpt5
+from trainer.convert.pickles import read_tensors
+from trainer.convert.written import save_checked
 
 SIZES = files.Sizes()
 HEADS = ["--vit-heads", str(SIZES.vit_heads), "--qformer-heads", str(SIZES.qformer_heads)]
@@ -192,6 +194,37 @@ def test_a_dry_run_lists_every_tensor_and_writes_nothing(published, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
+def test_a_padding_row_behind_the_vocabulary_is_replaced_as_the_published_code_did(
+    published, tmp_path, capsys
+):
+    longer = files.Sizes(vocabulary=SIZES.vocabulary + 1)
+    (tmp_path / "vicuna").mkdir()
+    files.llama_config(longer).save_pretrained(tmp_path / "vicuna")
+    shutil.copy(published / "vicuna" / "tokenizer.model", tmp_path / "vicuna")
+    weights = files.filled(files.llama(longer), 1)
+    torch.save(weights, tmp_path / "vicuna" / "pytorch_model.bin")
+    assert convert_llm(published, tmp_path / "out", vicuna=tmp_path / "vicuna") == 0
+    assert "Vicuna's padding row is replaced, as the published code did" in capsys.readouterr().out
+    table = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(table[:320], weights["lm_head.weight"][:320])
+    assert torch.allclose(table[320:], table[:320].mean(0).expand(9, -1), atol=1e-6)
+
+
+def test_tensors_stay_on_the_disk_until_they_are_used(tmp_path):
+    def held() -> int:
+        """Memory of the process's own, in bytes."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+    file = tmp_path / "large.pth"
+    torch.save({"model": {"weight": torch.ones(32, 2**20)}}, file)
+    before = held()
+    tensors = read_tensors(file, "model")
+    assert tensors["weight"].sum() == 32 * 2**20
+    save_checked(tensors, tmp_path / "large.safetensors", {})
+    assert held() - before < 64 * 2**20  # of 128 MB
+
+
 # What its prompts begin with
 
 
@@ -285,10 +318,11 @@ def test_a_hostile_pickle_is_refused_named_and_never_run(published, tmp_path, ca
 
 
 def test_a_vocabulary_of_the_wrong_size_is_refused(published, converted, tmp_path, capsys):
-    small = shutil.copytree(published / "vicuna", tmp_path / "vicuna")
-    files.write_tokenizer(small / "tokenizer.model", SIZES.vocabulary + 4)
-    error = refused(capsys, convert_llm(published, tmp_path / "out", vicuna=small))
-    assert "has 320 rows, but tokenizer.model beside it has a vocabulary of 324" in error
+    other = shutil.copytree(published / "vicuna", tmp_path / "vicuna")
+    for vocabulary in (318, 324):
+        files.write_tokenizer(other / "tokenizer.model", vocabulary)
+        error = refused(capsys, convert_llm(published, tmp_path / "out", vicuna=other))
+        assert f"has 320 rows, but tokenizer.model beside it has a vocabulary of {vocabulary}" in error
     longer = files.stage1(files.Sizes(vocabulary=SIZES.vocabulary + 1))
     torch.save({"state_dict": files.filled(longer, 5)}, tmp_path / "longer.ckpt")
     flags = ("--stage1", tmp_path / "longer.ckpt", "--bos", 1, "--llm", converted / "llm")

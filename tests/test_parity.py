@@ -43,7 +43,7 @@ def test_everything_the_published_code_computed_is_computed_here_too(fixtures):
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("out.image_loss", 2e-4), ("gen.free.tokens", 1), ("grad.t2i_decoder_prompt", 1e-6)],
+    [("vision.image_embeds", 2e-4), ("gen.free.tokens", 1), ("grad.t2i_decoder_prompt", 1e-6)],
 )
 def test_one_number_that_is_off_is_named_and_fails(fixtures, tmp_path, name, change):
     folder = tmp_path / "changed"

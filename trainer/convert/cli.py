@@ -88,6 +88,11 @@ def _minigpt4(arguments: argparse.Namespace) -> None:
     sources = Sources(arguments.vicuna, arguments.vit, arguments.qformer, arguments.projection)
     sizes = Sizes(arguments.vit_heads, arguments.qformer_heads, arguments.vokens)
     found = convert_minigpt4(sources, arguments.out, sizes, arguments.dry_run)
+    if arguments.dry_run:
+        from .memory import memory_plans
+
+        for plan in memory_plans(found.config, found.vision_config):
+            found.report.notes[f"memory, {plan.precision}"] = str(plan)
     _show(found.report, arguments)
 
 

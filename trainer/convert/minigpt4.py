@@ -119,6 +119,8 @@ def _llm(
     rotary = {name for name in vicuna if name.endswith("rotary_emb.inv_freq")}
     tensors = {name: tensor for name, tensor in vicuna.items() if name not in rotary}
     _check_llm(config, tensors)
+    if len(tensors["lm_head.weight"]) > vocabulary:
+        report.notes["behind the vocabulary"] = "Vicuna's padding row is replaced, as the published code did"
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = _extended(tensors[name], vocabulary, vokens + 1, name)
     config.vocab_size = len(tensors["lm_head.weight"])
@@ -142,7 +144,7 @@ def _check_llm(config: LlamaConfig, tensors: dict[str, Tensor]) -> None:
 
 def _extended(table: Tensor, vocabulary: int, added: int, name: str) -> Tensor:
     """The rows of the vocabulary, and `added` new ones, each their mean, as the published code began them."""
-    if len(table) < vocabulary:
+    if len(table) - vocabulary not in (0, 1):  # one more is the padding token of LLaMA's first tunings
         raise BadInputError(
             f"--vicuna: {name} has {len(table)} rows, but {TOKENIZER} beside it has a vocabulary of {vocabulary}. Give "
             "the tokenizer that belongs to these weights."
