@@ -1,11 +1,13 @@
 """Adapters in PEFT's layout, read and laid over an LLM without PEFT: voken rows, LoRA (arXiv 2106.09685), a prefix.
 
+A converted checkpoint's adapter holds the whole embedding and head in place of voken rows (PEFT's `modules_to_save`).
+
 A trained adapter is used where PEFT need not be installed, inside ComfyUI above all. Training goes through PEFT itself.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,17 @@ from .prefix import Prefix, read_prefix
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's prefix tuning cannot train rows beside it: there they have a file of their own, which says which ids they are.
 VOKEN_ROWS, VOKEN_IDS = "voken_rows.safetensors", "minigpt5.voken_ids"
+# In the header of a converted adapter's weights: the id its prompts begin with, where the LLM's own is not meant.
+BOS_ID = "minigpt5.bos_id"
+# PEFT's word for an adapter that changes whole matrices and has no LoRA
+NO_LORA = "dummy-target-modules"
 OTHER_LLM = "Give the LLM it was trained for, or an adapter that was trained for this one."
 PREFIX = "base_model.model."
 ROWS = "trainable_tokens_delta"
 # What of PEFT's LoRA our files never hold, with the value that means "not used".
 UNUSED = {
     "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none",
-    "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+    "rank_pattern": {}, "alpha_pattern": {},
 }  # fmt: skip
 
 
@@ -36,7 +42,8 @@ class Adapter:
     """What training added to an LLM: `rows`, (V, width) by module, for the `voken_ids`; LoRA pairs by module.
 
     A pair is A (rank, in) and B (out, rank); the weight it changes becomes weight + scale * B @ A. A `prefix` changes
-    no weight: it stands in front of every story.
+    no weight: it stands in front of every story. `whole` are weights that replace a module's own, and `bos_id` is what
+    the adapter's prompts begin with, if it says so.
     """
 
     voken_ids: list[int]
@@ -44,6 +51,8 @@ class Adapter:
     lora: dict[str, tuple[Tensor, Tensor]]
     scale: float
     prefix: Prefix | None = None
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    bos_id: int | None = None
 
 
 def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int]) -> Adapter:
@@ -51,12 +60,15 @@ def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int])
     _check_files(folder)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     _check_config(config)
-    prefix = None
+    prefix, header = None, {}
     file = folder / ADAPTER_WEIGHTS
     if config["peft_type"] == "PREFIX_TUNING":
         prefix = read_prefix(file, causal_lm)
         file = folder / VOKEN_ROWS
         config = _config_of_rows(file)
+    elif config.get("modules_to_save"):
+        header = read_header(file)
+        config["token_indices"] = json.loads(header.get(VOKEN_IDS, "[]"))
     width = causal_lm.get_input_embeddings().weight.shape[1]
     _check_voken_rows(config, voken_ids, width, folder)
     weights = load_file(file)
@@ -68,7 +80,19 @@ def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int])
         module: (plain[f"{module}.lora_A.weight"], plain[f"{module}.lora_B.weight"]) for module in modules
     }
     scale = config["lora_alpha"] / config["r"] if lora else 1.0
-    return Adapter(voken_ids, rows, lora, scale, prefix)
+    whole = {name: plain[f"{name}.weight"] for name in _tables(causal_lm) if f"{name}.weight" in plain}
+    if whole and causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight:
+        raise BadInputError(
+            f"The adapter in {folder} holds an embedding and a head, but this LLM has one matrix for both. {OTHER_LLM}"
+        )
+    bos_id = int(header[BOS_ID]) if BOS_ID in header else None
+    return Adapter(voken_ids, rows, lora, scale, prefix, whole, bos_id)
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
 
 
 def _config_of_rows(file: Path) -> dict[str, Any]:
@@ -77,14 +101,15 @@ def _config_of_rows(file: Path) -> dict[str, Any]:
         raise BadInputError(
             f"{file.parent} has no {VOKEN_ROWS}, which belongs to its prefix. Copy it as well."
         )
-    with safe_open(file, framework="pt") as opened:
-        ids = json.loads((opened.metadata() or {}).get(VOKEN_IDS, "[]"))
+    ids = json.loads(read_header(file).get(VOKEN_IDS, "[]"))
     return {"peft_type": "TRAINABLE_TOKENS", "token_indices": ids}
 
 
 @torch.no_grad()
 def merge_adapter(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
     """Lays the adapter into the LLM's weights in memory."""
+    for module, whole in adapter.whole.items():
+        causal_lm.get_submodule(module).weight.copy_(whole)
     for module, rows in adapter.rows.items():
         weight = causal_lm.get_submodule(module).weight
         weight[adapter.voken_ids] = rows.to(weight)
@@ -109,6 +134,10 @@ def _check_config(config: Any) -> None:
     for name, unused in UNUSED.items():
         if config.get(name, unused) not in (unused, None):
             raise ValueError(f"it sets {name} to {config[name]!r}, which is not supported (only {unused!r}).")
+    if config.get("modules_to_save") and config["peft_type"] != "LORA":
+        raise ValueError(
+            f"it sets modules_to_save for {config['peft_type']}, which is supported for LORA only."
+        )
 
 
 def _check_voken_rows(config: dict, voken_ids: list[int], width: int, folder: Path) -> None:
@@ -158,21 +187,35 @@ def _check_tensors(
 
 def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of all tensors that an adapter of this configuration holds for this LLM."""
+    if config.get("modules_to_save"):
+        for name in _tables(causal_lm):
+            yield f"{PREFIX}{name}.weight", tuple(causal_lm.get_submodule(name).weight.shape)
+    else:
+        yield _expected_rows(config, causal_lm)
+    if config["peft_type"] != "LORA":
+        return
+    targets = [] if config["target_modules"] == NO_LORA else config["target_modules"]
+    for name, module in causal_lm.named_modules():
+        if isinstance(module, nn.Linear) and _is_target(name, targets):
+            outputs, inputs = module.weight.shape
+            yield f"{PREFIX}{name}.lora_A.weight", (config["r"], inputs)
+            yield f"{PREFIX}{name}.lora_B.weight", (outputs, config["r"])
+
+
+def _expected_rows(config: dict, causal_lm: PreTrainedModel) -> tuple[str, tuple[int, ...]]:
     embedding = causal_lm.get_input_embeddings()
     indices = config.get("token_indices") or config["trainable_token_indices"]
     count = len(next(iter(indices.values())) if isinstance(indices, dict) else indices)
     inside = ".token_adapter" if config["peft_type"] == "LORA" else ""
-    yield (
-        f"{PREFIX}{_name_of(causal_lm, embedding)}{inside}.{ROWS}",
-        (count, embedding.weight.shape[1]),
-    )
-    if config["peft_type"] != "LORA":
-        return
-    for name, module in causal_lm.named_modules():
-        if isinstance(module, nn.Linear) and _is_target(name, config["target_modules"]):
-            outputs, inputs = module.weight.shape
-            yield f"{PREFIX}{name}.lora_A.weight", (config["r"], inputs)
-            yield f"{PREFIX}{name}.lora_B.weight", (outputs, config["r"])
+    return f"{PREFIX}{_name_of(causal_lm, embedding)}{inside}.{ROWS}", (count, embedding.weight.shape[1])
+
+
+def _tables(causal_lm: PreTrainedModel) -> list[str]:
+    """The names of the embedding and the head."""
+    return [
+        _name_of(causal_lm, table)
+        for table in (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    ]
 
 
 def _is_target(name: str, targets: list[str]) -> bool:

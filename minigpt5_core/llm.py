@@ -17,14 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapter import OTHER_LLM, merge_adapter, read_adapter
+from .adapter import OTHER_LLM, Adapter, merge_adapter, read_adapter
 from .errors import BadInputError
 from .families import find_family, load_family
 from .families.base import Family, SeeingFamily
 from .prefix import Prefix
-from .vision import ImageEncoder, load_image_adapter, to_square
+from .qformer import QFormerEncoder, load_qformer
+from .vision import ImageEncoder, load_image_adapter
 from .vokens import PICTURE, voken_strings
-from .weights import IMAGE_ADAPTER, hash_weights
+from .weights import IMAGE_ADAPTER, QFORMER, hash_weights
 
 # What transformers and diffusers raise for a folder that is broken or foreign. safetensors has its own error,
 # which derives from Exception; ImportError says which package a tokenizer or a model class needs.
@@ -40,17 +41,19 @@ MOST_SEEN = 256  # pictures whose image tokens are kept
 class FrozenLLM:
     """A causal LM and its tokenizer, both with vokens. Nothing of it needs gradients until an adapter is trained.
 
-    `causal_lm` may carry PEFT layers; `width` is L. It sees by an `image_encoder` of ours, or by itself where its
-    `family` does. A learned `prefix` gives a cache for so many stories that begins with it.
+    `causal_lm` may carry PEFT layers; `width` is L. It sees by an `image_encoder`, or by itself where its `family`
+    does. A learned `prefix` gives a cache for so many stories that begins with it. `bos_id` is what an adapter's
+    prompts begin with, None where it is the tokenizer's own affair.
     """
 
     tokenizer: PreTrainedTokenizerBase
     causal_lm: PreTrainedModel
     voken_ids: list[int]
-    image_encoder: ImageEncoder | None = None
+    image_encoder: ImageEncoder | QFormerEncoder | None = None
     prefix: Callable[[int], DynamicCache] | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
     family: Family = field(default_factory=Family)
+    bos_id: int | None = None
 
     @property
     def sees(self) -> bool:
@@ -88,6 +91,11 @@ class FrozenLLM:
             )
         return self if prefix is None else replace(self, prefix=prefix)
 
+    def adapted(self, adapter: Adapter) -> "FrozenLLM":
+        """This LLM with what an adapter says besides its weights: a prefix in front, a beginning of its own."""
+        llm = self.prefixed(adapter.prefix)
+        return llm if adapter.bos_id is None else replace(llm, bos_id=adapter.bos_id)
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) ids -> (B, S, L)."""
         return self.causal_lm.get_input_embeddings()(ids)
@@ -114,7 +122,7 @@ class FrozenLLM:
     def see(self, picture: Tensor) -> Tensor | None:
         """(H, W, 3) in [0, 1] -> (K, W) image tokens, computed once a picture; None for an LLM that does not see."""
         if self.image_encoder is not None:
-            square = to_square(picture[None], self.image_encoder.config.size)
+            square = self.image_encoder.prepare(picture[None])
             return self._once(square, lambda: self._encoded(square))
         if isinstance(family := self.family, SeeingFamily):
             return self._once(picture, lambda: family.see(self.causal_lm, picture))
@@ -179,7 +187,8 @@ def add_vokens(
 ) -> FrozenLLM:
     """Adds voken tokens to a tokenizer and their rows to a model, and freezes the model."""
     strings = voken_strings(vokens)
-    tokenizer.add_tokens([*strings, PICTURE], special_tokens=True)
+    known = tokenizer.get_vocab()  # those already there keep their ways with the white space beside them
+    tokenizer.add_tokens([name for name in (*strings, PICTURE) if name not in known], special_tokens=True)
     voken_ids = tokenizer.convert_tokens_to_ids(strings)
     rows = model.get_input_embeddings().num_embeddings
     if max(voken_ids) >= rows:
@@ -200,29 +209,29 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
         adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids)
     merge_adapter(llm.causal_lm, adapter)
-    return llm.prefixed(adapter.prefix)
+    return llm.adapted(adapter)
 
 
 def load_sight(
     llm: FrozenLLM, folder: Path, spare: Path | None = None, chosen: Path | None = None
 ) -> FrozenLLM:
-    """Lets the LLM of `folder` see: by the `chosen` image adapter, by that in its folder, or by `spare`.
+    """Lets the LLM of `folder` see: by the `chosen` image adapter, by what is in its folder, or by `spare`.
 
-    `spare` serves only the weights it was trained for; an LLM without any stays blind. Raises BadInputError for an
-    adapter, chosen or in the folder, that is broken or for another width.
+    In its folder may be an image adapter or a converted Q-Former. `spare` serves only the weights it was trained for;
+    an LLM without any stays blind. Raises BadInputError for one, chosen or in the folder, that is broken or for another
+    width.
     """
     if llm.family.sees:
         if chosen:
             raise BadInputError(f"The LLM in {folder} sees by itself. Leave the image adapter {chosen} out.")
         return llm
-    own = chosen or folder / IMAGE_ADAPTER
-    if chosen or own.is_file():
-        encoder, header = load_image_adapter(own)
-        if header.llm_width != llm.width:
-            raise BadInputError(
-                f"{own} was trained for the LLM {header.llm_id} of width {header.llm_width}, but this one is "
-                f"{llm.width} wide. Leave it out, or train one for this LLM: python -m trainer image-adapter"
-            )
+    encoder: ImageEncoder | QFormerEncoder
+    if chosen is None and (folder / QFORMER).is_file():
+        encoder = load_qformer(folder / QFORMER, llm.causal_lm.dtype)
+        _check_width(llm, folder / QFORMER, encoder.config.llm_width)
+    elif chosen or (folder / IMAGE_ADAPTER).is_file():
+        encoder, header = load_image_adapter(chosen or folder / IMAGE_ADAPTER)
+        _check_width(llm, chosen or folder / IMAGE_ADAPTER, header.llm_width, header.llm_id)
     elif spare is not None and spare.is_file():
         encoder, header = load_image_adapter(spare)
         if header.llm_hash != hash_weights(folder):
@@ -231,6 +240,19 @@ def load_sight(
         return llm
     llm.image_encoder = encoder.requires_grad_(False).to(llm.device)
     return llm
+
+
+def has_sight(folder: Path) -> bool:
+    """Whether the folder of an LLM holds what it sees with."""
+    return any((folder / name).is_file() for name in (IMAGE_ADAPTER, QFORMER))
+
+
+def _check_width(llm: FrozenLLM, file: Path, width: int, llm_id: str = "it was converted with") -> None:
+    if width != llm.width:
+        raise BadInputError(
+            f"{file} was trained for the LLM {llm_id} of width {width}, but this one is {llm.width} wide. Leave it "
+            "out, or train one for this LLM: python -m trainer image-adapter"
+        )
 
 
 @contextmanager

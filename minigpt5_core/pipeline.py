@@ -300,7 +300,7 @@ def _check_llm(llm: FrozenLLM, folder: Path, header: MapperHeader, file: Path) -
             f"The mapper {file.name} was trained for the LLM {header.llm_id} of width {header.llm_width}, but "
             f"{folder.name} is {llm.width} wide. Give that LLM with --llm, or a mapper for this one with --mapper."
         )
-    if hash_weights(folder) != header.llm_hash:
+    if header.llm_hash not in ("", hash_weights(folder)):
         log.warning(
             "The mapper %s was trained with other weights of %s than those in %s; pictures may suffer.",
             file.name, header.llm_id, folder,

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from peft import LoraConfig, inject_adapter_in_model
+import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from .config import MapperConfig
 from .errors import BadInputError
-from .llm import FrozenLLM
 from .losses import IGNORED
 from .mapper import ReferenceMapper
 from .vokens import block_starts, voken_strings
@@ -147,44 +145,20 @@ def build_published_mapper(weights: PublishedWeights, heads: int = 8, vokens: in
         layers=len(layers),
         feed_forward=len(weights.mapper["transformer.encoder.layers.0.linear1.weight"]),
     )
-    mapper = ReferenceMapper(config).eval()
-    _load(mapper, weights.mapper, "mapper")
-    return mapper
+    with torch.device("meta"):
+        mapper = ReferenceMapper(config)
+    _load(mapper, weights.mapper)
+    return mapper.eval()
 
 
-def build_published_llm(
-    config: LlamaConfig,
-    base: dict[str, Tensor],
-    weights: PublishedWeights,
-    tokenizer: PublishedTokenizer,
-    lora_alpha: float = 16,
-) -> FrozenLLM:
-    """The base LLaMA with the checkpoint's whole embedding and head, and its LoRA layers if it has any.
-
-    `base` are the base model's own tensors. Everything is in float32, eval mode and frozen.
-    """
-    # files of that time also carry the rotary table, which is computed from the config
-    plain = {name: tensor for name, tensor in base.items() if not name.endswith("rotary_emb.inv_freq")}
-    lora = {name: tensor for name, tensor in weights.llm.items() if ".lora_" in name}
-    plain |= {name: tensor for name, tensor in weights.llm.items() if name not in lora}
-    config.vocab_size = len(plain["model.embed_tokens.weight"])
-    model = LlamaForCausalLM(config).float()
-    _load(model, plain, "LLM")
-    if lora:
-        _add_lora(model, lora, lora_alpha)
-    return FrozenLLM(tokenizer, model.requires_grad_(False).eval(), tokenizer.voken_ids)
-
-
-def _add_lora(model: nn.Module, lora: dict[str, Tensor], alpha: float) -> None:
-    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in lora})
-    rank = next(len(tensor) for name, tensor in lora.items() if ".lora_A." in name)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model)
-    others = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    _load(model, others | lora, "LoRA layers")
-
-
-def _load(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise BadInputError(f"The checkpoint's tensors are not those of the {what}: {error}") from error
+def _load(mapper: nn.Module, tensors: dict[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in mapper.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if strays := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        first = strays[0]
+        raise BadInputError(
+            f"The checkpoint's tensors are not those of the mapper: {len(strays)} differ; {first} is "
+            f"{found.get(first, 'missing')}, expected {expected.get(first, 'no such tensor')}. Do the files belong "
+            "together, and is each whole?"
+        )
+    mapper.load_state_dict(tensors, strict=True, assign=True)

@@ -95,6 +95,10 @@ class ImageEncoder(nn.Module):
         self.register_buffer("mean", torch.zeros(config.llm_width))
         self.register_buffer("scale", torch.ones(config.llm_width))
 
+    def prepare(self, pictures: Tensor) -> Tensor:
+        """(B, H, W, 3) in [0, 1] -> what `forward` takes."""
+        return to_square(pictures, self.config.size)
+
     def forward(self, pictures: Tensor) -> Tensor:
         seen = self.convolutions(pictures).flatten(2).transpose(1, 2)  # (B, cells, channels)
         memory = self.input(seen) + self.positions

@@ -20,7 +20,8 @@ from .errors import BadInputError
 from .mapper import Mapper, build_mapper
 
 FORMAT_VERSION = "1"
-IMAGE_ADAPTER = "image_adapter.safetensors"  # lies beside an LLM's weights and is none of them
+# what an LLM sees with lies beside its weights and is none of them: our own image encoder, or the published one
+IMAGE_ADAPTER, QFORMER = "image_adapter.safetensors", "qformer.safetensors"
 KEYS = tuple(f"minigpt5.{name}" for name in ("format_version", "mapper", "vokens", "space", "llm", "trained"))
 
 
@@ -28,7 +29,8 @@ KEYS = tuple(f"minigpt5.{name}" for name in ("format_version", "mapper", "vokens
 class MapperHeader:
     """What a mapper belongs to: its conditioning space, the LLM it listens to, and how it was trained.
 
-    `llm_hash` is `hash_weights` of the LLM's folder; `trained` holds stage, steps, data, seed, code version.
+    `llm_hash` is `hash_weights` of the LLM's folder, empty where it was not known; `trained` holds stage, steps, data,
+    seed, code version.
     """
 
     space: Space
@@ -73,7 +75,11 @@ def hash_weights(folder: Path) -> str:
     Independent of how the folder is split into files, and cheap for large models. Raises BadInputError when
     `folder` holds no safetensors.
     """
-    files = [file for file in sorted(Path(folder).glob("*.safetensors")) if file.name != IMAGE_ADAPTER]
+    files = [
+        file
+        for file in sorted(Path(folder).glob("*.safetensors"))
+        if file.name not in (IMAGE_ADAPTER, QFORMER)
+    ]
     if not files:
         raise BadInputError(f"{folder} holds no .safetensors weights. Give a Hugging Face model folder.")
     marks: dict[str, bytes] = {}
@@ -128,12 +134,14 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, widened to float32, and its metadata; BadInputError for any other file."""
+def read_tensors(
+    path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file in `dtype`, and its metadata; BadInputError for any other file."""
     with _open(path) as opened:
         names = opened.keys()
         # copies: a mapped tensor would hold the file open
-        tensors = {name: opened.get_tensor(name).to(torch.float32, copy=True) for name in names}
+        tensors = {name: opened.get_tensor(name).to(dtype, copy=True) for name in names}
         return tensors, opened.metadata() or {}
 
 

@@ -143,7 +143,7 @@ def _states(vokens: Vokens, picture: int) -> Any:
 
 
 def _check_llm(vokens: Vokens, mapper: LoadedMapper) -> None:
-    if vokens.weights_hash != mapper.header.llm_hash:
+    if mapper.header.llm_hash not in ("", vokens.weights_hash):
         log.warning(
             "The mapper %s was trained with other weights of %s than those of %s; pictures may suffer.",
             mapper.name,

@@ -71,14 +71,14 @@ class LoadLLM(io.ComfyNode):
 
         require_version("transformers>=4.56", "Update it in ComfyUI's Python: pip install -U transformers")
 
-        from ..minigpt5_core.llm import load_llm, load_sight
+        from ..minigpt5_core.llm import has_sight, load_llm, load_sight
         from ..minigpt5_core.llm_files import default_llm
         from ..minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
 
         folder = folders.find_llm(llm_name) or default_llm()
         frozen = load_llm(folder, vokens, dtype=_dtype(dtype))
         frozen = load_sight(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
-        own_eyes = frozen.family.sees or (folder / IMAGE_ADAPTER).is_file()
+        own_eyes = frozen.family.sees or has_sight(folder)
         eyes_for = "" if own_eyes else folders.STORYBOOK_ADAPTER
         return io.NodeOutput(
             LoadedLLM(_manage(frozen), frozen, llm_name, hash_weights(folder), eyes_for=eyes_for)
@@ -139,7 +139,7 @@ class LoadAdapter(io.ComfyNode):
             )
         patcher = llm.patcher.clone()
         patcher.add_patches(_patches(adapter, llm), strength)
-        frozen = llm.frozen.prefixed(adapter.prefix)
+        frozen = llm.frozen.adapted(adapter)
         adapters = (*llm.adapters, adapter_name)
         return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters))
 
@@ -180,7 +180,7 @@ def _manage(frozen: FrozenLLM) -> Any:
 
 
 def _patches(adapter: Adapter, llm: LoadedLLM) -> dict[str, Any]:
-    """The adapter as ComfyUI's LoRA patches.
+    """The adapter as ComfyUI's LoRA patches; a whole matrix is its difference from the one that is there.
 
     New voken rows are a LoRA too: a one-hot column for each row, times its difference from the row that is there.
     """
@@ -190,6 +190,9 @@ def _patches(adapter: Adapter, llm: LoadedLLM) -> dict[str, Any]:
     keys: dict[str, str] = {}
     for module, (down, up) in adapter.lora.items():
         _add(parts, keys, module, down, up, adapter.scale)
+    for module, whole in adapter.whole.items():
+        parts[f"{module}.diff"] = whole.float() - _unpatched(llm, module).float().cpu()
+        keys[module] = f"causal_lm.{module}.weight"
     for module, rows in _all_rows(adapter, llm).items():
         weight = llm.frozen.causal_lm.get_submodule(module).weight
         down = rows.float() - _unpatched(llm, module)[adapter.voken_ids].float().cpu()
@@ -214,7 +217,7 @@ def _all_rows(adapter: Adapter, llm: LoadedLLM) -> dict[str, torch.Tensor]:
     table = names[id(causal_lm.get_input_embeddings())]
     head = names[id(causal_lm.get_output_embeddings())]
     tied = causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
-    return adapter.rows | ({head: adapter.rows[table]} if tied else {})
+    return adapter.rows | ({head: adapter.rows[table]} if tied and adapter.rows else {})
 
 
 def _unpatched(llm: LoadedLLM, module: str) -> torch.Tensor:

@@ -4,7 +4,8 @@
 
 DIR holds llama/, sd/, stage1/ and stage2/, each stage with its checkpoint and expected.safetensors. Prints one line
 per tensor: name, maximum absolute error, tolerance, ok. Exits 1 if any is out, 2 if DIR cannot be read. Every size
-comes from the files. Pictures enter as the projected embeddings the fixture holds (vision.image_embeds).
+comes from the files. Checkpoints and models are converted first, and only what was converted is loaded: as the main
+job loads it, and for the gradients through PEFT.
 """
 
 from __future__ import annotations
@@ -12,32 +13,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from peft import PeftModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CLIPTextModel, CLIPTokenizer, LlamaConfig
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, embed_prompt, generate
-from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
 from minigpt5_core.losses import IGNORED, LossWeights, caption_loss, compute_snr, diffusion_loss, text_loss
-from minigpt5_core.mapper import ReferenceMapper
-from minigpt5_core.published import (
-    PublishedTokenizer,
-    build_published_llm,
-    build_published_mapper,
-    our_name,
-    published_labels,
-    read_published,
-)
+from minigpt5_core.mapper import Mapper
+from minigpt5_core.published import IMAGE_HERE, our_name, published_labels
 from minigpt5_core.vokens import gather_voken_states
+from minigpt5_core.weights import load_mapper
 
 TOLERANCE = 1e-4  # absolute, for values; ids and labels must be equal
 NEW_TOKENS = 40
@@ -45,64 +42,85 @@ NEW_TOKENS = 40
 
 @dataclass
 class Stage:
-    """One stage's fixture and our models with its weights."""
+    """One stage's fixture and our models, loaded from what its checkpoint was converted to."""
 
     folder: Path
+    converted: Path
     expected: dict[str, Tensor]
     samples: list[dict]
     sizes: dict[str, int]
-    tokenizer: PublishedTokenizer
     llm: FrozenLLM
-    mapper: ReferenceMapper
-    ids: list[tuple[list[int], list[int]]] = field(default_factory=list)  # source and target of each sample
+    mapper: Mapper
 
     @property
     def diffusion(self) -> Path:
         return self.folder.parent / "sd"
 
+    @property
+    def ids(self) -> list[tuple[list[int], list[int]]]:
+        """Source and target of each sample."""
+        encode = self.llm.encode
+        return [(encode(sample["source"]), encode(sample["target"])) for sample in self.samples]
+
     def prompts(self, rows: list[list[int]]) -> list[Prompt]:
-        """The rows behind one bos id, the fixture's image embeddings dealt to their slots in order."""
-        images = iter(self.expected["vision.image_embeds"])
+        """The rows behind one bos id, the pictures as the LLM sees them dealt to their slots in order."""
+        image_id = self.llm.tokenizer.convert_tokens_to_ids(IMAGE_HERE)
+        images = iter(see(self))
         prompts = []
         for row in rows:
-            slots = row.count(self.tokenizer.image_id)
+            slots = row.count(image_id)
             taken = [image for _, image in zip(range(slots), images, strict=False)]
             if len(taken) < slots:
                 raise BadInputError(
-                    f"{self.folder}: fewer rows in vision.image_embeds than <ImageHere> slots."
+                    f"{self.folder}: fewer rows in vision.pixel_values than <ImageHere> slots."
                 )
-            prompts.append(Prompt([self.sizes["bos_id"], *row], taken, self.tokenizer.image_id))
+            prompts.append(Prompt([self.llm.bos_id, *row], taken, image_id))
         return prompts
 
 
-def load_stage(folder: Path) -> Stage:
-    """Reads the fixture and builds our models from the published checkpoint."""
+def load_stage(folder: Path, converted: Path) -> Stage:
+    """Converts the published files into the folder `converted`, and loads our models from there."""
     with safe_open(folder / "expected.safetensors", framework="pt") as opened:
         names, header = opened.keys(), opened.metadata()
-        expected = {name: opened.get_tensor(name) for name in names if "pixel" not in name}
+        expected = {name: opened.get_tensor(name) for name in names if not name.startswith("in.input_images")}
     sizes = json.loads(header["sizes"])
-    llama = folder.parent / "llama"
-    tokenizer = PublishedTokenizer(llama / "tokenizer.model", sizes["vokens"])
-    weights = read_published(read_pickle(folder / "model.ckpt")["state_dict"])
-    if (folder / "stage1.ckpt").exists():
-        weights = weights.over(read_published(read_pickle(folder / "stage1.ckpt")["state_dict"]))
-    config, base = LlamaConfig.from_pretrained(llama), read_pickle(llama / "pytorch_model.bin")
-    llm = build_published_llm(config, base, weights, tokenizer, sizes["lora_alpha"])
-    mapper = build_published_mapper(weights, sizes["mapper_heads"], sizes["vokens"])
-    samples = json.loads(header["samples"])
-    ids = [(tokenizer.encode(sample["source"]), tokenizer.encode(sample["target"])) for sample in samples]
-    return Stage(folder, expected, samples, sizes, tokenizer, llm, mapper, ids)
+    convert(folder, converted, sizes)
+    llm = load_sight(load_llm(converted / "llm", sizes["vokens"]), converted / "llm")
+    llm = load_adapter(llm, converted / "minigpt5" / "adapter")
+    mapper, _ = load_mapper(converted / "minigpt5" / "mapper.safetensors")
+    return Stage(folder, converted, expected, json.loads(header["samples"]), sizes, llm, mapper)
 
 
-def read_pickle(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def convert(folder: Path, converted: Path, sizes: dict[str, int]) -> None:
+    """The stage's LLM with its sight into llm/, its checkpoint into minigpt5/."""
+    from trainer.convert.minigpt4 import Sizes, Sources, convert_minigpt4
+    from trainer.convert.minigpt5 import Heads, convert_minigpt5
+
+    vision, projection = folder / "vision_qformer_lavis.pth", folder / "minigpt4_proj.pth"
+    convert_minigpt4(
+        Sources(folder.parent / "llama", vision, vision, projection),
+        converted / "llm",
+        Sizes(sizes["vit_heads"], sizes["qformer_heads"], sizes["vokens"]),
+    )
+    first, checkpoint = folder / "stage1.ckpt", folder / "model.ckpt"
+    stages = (first, checkpoint) if first.exists() else (checkpoint, None)
+    heads = Heads(sizes["mapper_heads"], sizes["lora_alpha"], sizes["vokens"])
+    convert_minigpt5(
+        *stages, converted / "minigpt5", str(sizes["bos_id"]), llm=converted / "llm", heads=heads
+    )
+
+
+@torch.no_grad()
+def see(stage: Stage) -> Tensor:
+    """The fixture's pictures in the LLM's input space, (images, K, L)."""
+    return stage.llm.image_encoder(stage.expected["vision.pixel_values"])
 
 
 def compute_batch(stage: Stage) -> dict[str, Tensor]:
     """The two samples as the published collator joins and pads them."""
     pad = stage.sizes["pad_id"]
     rows = [torch.tensor(source + target) for source, target in stage.ids]
-    labels = [torch.tensor(published_labels(*pair, stage.tokenizer.voken_ids)) for pair in stage.ids]
+    labels = [torch.tensor(published_labels(*pair, stage.llm.voken_ids)) for pair in stage.ids]
     masks = [torch.ones_like(row) for row in rows]
     return {
         "in.input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
@@ -114,7 +132,7 @@ def compute_batch(stage: Stage) -> dict[str, Tensor]:
 def compute_training(stage: Stage) -> dict[str, Tensor]:
     """One training step's values, its loss with the graph that leads to the trained parameters."""
     hidden, labels = run_llm(stage)
-    starts = (labels == stage.tokenizer.voken_ids[0]).nonzero().tolist()
+    starts = (labels == stage.llm.voken_ids[0]).nonzero().tolist()
     states = gather_voken_states(hidden, [(row, start) for row, start in starts], stage.sizes["vokens"])
     rows = torch.tensor([row for row, _ in starts])
     values = {
@@ -136,7 +154,7 @@ def run_llm(stage: Stage) -> tuple[Tensor, Tensor]:
     embedded = [embed_prompt(stage.llm, prompt) for prompt in prompts]
     labels = []
     for pair, row in zip(stage.ids, embedded, strict=True):
-        own = published_labels(*pair, stage.tokenizer.voken_ids)
+        own = published_labels(*pair, stage.llm.voken_ids)
         supervised = len(pair[1])  # pictures stand in the source only, so the target's labels end the row
         labels.append(torch.tensor([IGNORED] * (len(row) - supervised) + own[len(own) - supervised :]))
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in embedded], batch_first=True)
@@ -176,18 +194,37 @@ def encode_captions(stage: Stage) -> Tensor:
 
 def compute_gradients(stage: Stage) -> dict[str, Tensor]:
     """Gradients of the loss under the published names; of the embedding and the head only the added rows."""
+    stage, adapted = trainable(stage)
     names = [name.removeprefix("grad.") for name in stage.expected if name.startswith("grad.")]
-    modules = {"mapper": stage.mapper, "llm": stage.llm.causal_lm}
     parameters = {}
     for name in names:
         side, ours = our_name(name)
-        parameters[name] = modules[side].get_parameter(ours).requires_grad_(True)
+        parameter = stage.mapper.get_parameter(ours) if side == "mapper" else adapted[peft_name(name)]
+        parameters[name] = parameter.requires_grad_(True)
     loss = compute_training(stage)["out.loss"]
     gradients = dict(zip(names, torch.autograd.grad(loss, list(parameters.values())), strict=True))
     return {
         f"grad.{name}": gradient[-len(stage.expected[f"grad.{name}"]) :]
         for name, gradient in gradients.items()
     }
+
+
+def trainable(stage: Stage) -> tuple[Stage, dict[str, nn.Parameter]]:
+    """The stage with its adapter in PEFT's layers instead of merged, and their parameters by PEFT's names."""
+    plain = load_llm(stage.converted / "llm", stage.sizes["vokens"])
+    adapted = PeftModel.from_pretrained(
+        plain.causal_lm, stage.converted / "minigpt5" / "adapter", is_trainable=True
+    ).eval()
+    llm = replace(stage.llm, causal_lm=adapted.get_base_model())
+    return replace(stage, llm=llm), dict(adapted.named_parameters())
+
+
+def peft_name(published: str) -> str:
+    """Stage 2 was saved from PEFT's layers, stage 1 from the plain model."""
+    name = published.removeprefix("model.llama_model.")
+    if name.startswith("base_model."):
+        return name
+    return f"base_model.model.{name.removesuffix('.weight')}.modules_to_save.default.weight"
 
 
 def compute_generation(stage: Stage, kind: str) -> dict[str, Tensor]:
@@ -217,6 +254,7 @@ def compute_generation(stage: Stage, kind: str) -> dict[str, Tensor]:
 def compute(stage: Stage) -> Iterator[dict[str, Tensor]]:
     """Everything the fixture fixes, part by part."""
     yield compute_batch(stage)
+    yield {"vision.image_embeds": see(stage)}
     with torch.no_grad():
         yield compute_training(stage)
     yield compute_gradients(stage)
@@ -248,7 +286,7 @@ def check_stage(stage: Stage) -> bool:
     for part in compute(stage):
         found |= part
     all_right = True
-    for name in sorted(name for name in stage.expected if name.startswith(("out.", "grad.", "gen.", *BATCH))):
+    for name in sorted(name for name in stage.expected if name.startswith(RESULTS)):
         error, tolerance = compare(name, stage.expected[name], found.get(name))
         right = error <= tolerance
         all_right &= right
@@ -258,7 +296,15 @@ def check_stage(stage: Stage) -> bool:
     return all_right
 
 
-BATCH = ("in.input_ids", "in.attention_mask", "in.labels")
+RESULTS = (
+    "out.",
+    "grad.",
+    "gen.",
+    "vision.image_embeds",
+    "in.input_ids",
+    "in.attention_mask",
+    "in.labels",
+)
 
 
 def main() -> int:
@@ -276,7 +322,8 @@ def main() -> int:
         )
         return 2
     try:
-        results = [check_stage(load_stage(stage)) for stage in stages]
+        with tempfile.TemporaryDirectory() as converted:
+            results = [check_stage(load_stage(stage, Path(converted) / stage.name)) for stage in stages]
     except (BadInputError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -284,4 +331,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[1]))  # the trainer is never installed: it runs from the root
     raise SystemExit(main())

@@ -38,12 +38,12 @@ def test_everything_the_published_code_computed_is_computed_here_too(fixtures):
     for stage in ("stage1", "stage2"):
         with safe_open(fixtures / stage / "expected.safetensors", framework="pt") as opened:
             results = {name for name in opened.keys() if name.startswith(("out.", "grad.", "gen."))}  # noqa: SIM118
-        assert results | {"in.input_ids", "in.labels", "in.attention_mask"} <= names
+        assert results | {"in.input_ids", "in.labels", "in.attention_mask", "vision.image_embeds"} <= names
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("out.image_loss", 2e-4), ("gen.free.tokens", 1), ("grad.t2i_decoder_prompt", 1e-6)],
+    [("vision.image_embeds", 2e-4), ("gen.free.tokens", 1), ("grad.t2i_decoder_prompt", 1e-6)],
 )
 def test_one_number_that_is_off_is_named_and_fails(fixtures, tmp_path, name, change):
     folder = tmp_path / "changed"

@@ -1,10 +1,8 @@
 import io
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt5_core.config import MapperConfig
 from minigpt5_core.errors import BadInputError
@@ -12,7 +10,6 @@ from minigpt5_core.mapper import ReferenceMapper
 from minigpt5_core.published import (
     PublishedTokenizer,
     PublishedWeights,
-    build_published_llm,
     build_published_mapper,
     our_name,
     published_labels,
@@ -136,57 +133,3 @@ def test_a_mapper_with_a_tensor_missing_or_too_many_is_bad_input(change):
     weights = {name: tensor for name, tensor in weights.items() if tensor is not None}
     with pytest.raises(BadInputError, match=next(iter(change))):
         build_published_mapper(PublishedWeights(weights, {}), heads=2, vokens=3)
-
-
-def toy_llama() -> LlamaConfig:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaConfig(vocab_size=60, tie_word_embeddings=False, initializer_range=0.3, **sizes)
-
-
-def toy_checkpoint(lora: bool) -> tuple[dict[str, torch.Tensor], PublishedWeights]:
-    torch.manual_seed(1)
-    base = LlamaForCausalLM(toy_llama()).state_dict()
-    base["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    rows = {"model.embed_tokens.weight": torch.randn(64, 16), "lm_head.weight": torch.randn(64, 16)}
-    for layer in ("q_proj", "v_proj") if lora else ():
-        name = f"model.layers.0.self_attn.{layer}"
-        rows |= {f"{name}.lora_A.default.weight": torch.randn(2, 16)}
-        rows |= {f"{name}.lora_B.default.weight": torch.randn(16, 2)}
-    return base, PublishedWeights({}, rows)
-
-
-def test_the_embedding_and_the_head_are_taken_whole_from_the_checkpoint(tokenizer: PublishedTokenizer):
-    base, weights = toy_checkpoint(lora=False)
-    llm = build_published_llm(toy_llama(), base, weights, tokenizer)
-    assert torch.equal(
-        llm.embed(torch.tensor([[7, 63]]))[0], weights.llm["model.embed_tokens.weight"][[7, 63]]
-    )
-    assert llm.logits(torch.zeros(1, 16)).shape == (1, 64)
-    assert not any(weight.requires_grad for weight in llm.causal_lm.parameters())
-
-
-def test_lora_adds_its_product_times_alpha_over_rank(tokenizer: PublishedTokenizer):
-    base, weights = toy_checkpoint(lora=True)
-    merged = dict(base)
-    for layer in ("q_proj", "v_proj"):
-        name = f"model.layers.0.self_attn.{layer}"
-        product = weights.llm[f"{name}.lora_B.default.weight"] @ weights.llm[f"{name}.lora_A.default.weight"]
-        merged[f"{name}.weight"] = base[f"{name}.weight"] + 16 / 2 * product
-    plain = PublishedWeights(
-        {}, {name: tensor for name, tensor in weights.llm.items() if ".lora_" not in name}
-    )
-    inputs = torch.randn(1, 5, 16)
-    states = [
-        build_published_llm(toy_llama(), tensors, parts, tokenizer)
-        .decoder(inputs_embeds=inputs)
-        .last_hidden_state
-        for tensors, parts in ((base, weights), (merged, plain))
-    ]
-    assert torch.allclose(*states, atol=1e-4)
-
-
-def test_a_missing_lora_tensor_is_bad_input(tokenizer: PublishedTokenizer, tmp_path: Path):
-    base, weights = toy_checkpoint(lora=True)
-    del weights.llm["model.layers.0.self_attn.v_proj.lora_B.default.weight"]
-    with pytest.raises(BadInputError, match="v_proj.lora_B"):
-        build_published_llm(toy_llama(), base, weights, tokenizer)

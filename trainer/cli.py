@@ -12,6 +12,7 @@
     data cache PATH      compute once what training needs of its pictures and captions
     data export PATH     write the storybook's stories in any of the formats, to see how one looks
     evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
+    convert              published checkpoints into our files (convert --help)
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
     ablate               short trainings with one thing changed, each measured
     storybook-score      illustrate held-out stories and score the pictures
@@ -29,6 +30,7 @@ from pathlib import Path
 from minigpt5_core.errors import BadInputError
 
 from .ab.cli import run as run_ab
+from .convert.cli import run as run_convert
 from .progress import Terminated, TrainingError
 
 
@@ -246,6 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if given[:1] == ["ab"]:
         return run_ab(given[1:])
+    if given[:1] == ["convert"]:
+        return run_convert(given[1:])
     arguments = _parser().parse_args(given)
     try:
         if arguments.command == "data":

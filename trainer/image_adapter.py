@@ -135,7 +135,7 @@ def _states(draw: random.Random, count: int) -> list[State]:
 def _train_words(recipe: ImageAdapterRecipe, llm: FrozenLLM, save: Save) -> None:
     """The first leg: image token k is drawn to the embedding of the caption's token k, full stops behind the last."""
     encoder = llm.image_encoder
-    assert encoder is not None
+    assert isinstance(encoder, ImageEncoder)
     draw = random.Random(f"words/{recipe.seed}")
     count = encoder.config.tokens
     stop = llm.encode(".")[0]
@@ -152,7 +152,7 @@ def _train_words(recipe: ImageAdapterRecipe, llm: FrozenLLM, save: Save) -> None
 def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, save: Save) -> None:
     """The second leg: stories with pictures in them, and captions, through the frozen LLM and the frozen mapper."""
     encoder = llm.image_encoder
-    assert encoder is not None
+    assert isinstance(encoder, ImageEncoder)
     some = [state.caption() for state in _states(random.Random(1), 500)]
     targets = Targets(load_backbone(Path(recipe.diffusion)).to(llm.device), some)
     draw = random.Random(f"stories/{recipe.seed}")

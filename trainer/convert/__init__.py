@@ -1,0 +1,1 @@
+"""Published checkpoints into our files: python -m trainer convert --help."""
