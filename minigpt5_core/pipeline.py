@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 
 from .conditioning import SPACES, Conditioning, Space, check_space
@@ -240,8 +238,8 @@ def find_diffusion(folder: Path) -> Path:
     found, name = folder, folder.as_posix()
     named = not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name)
     if named:
-        with suppress(LocalEntryNotFoundError):
-            found = Path(snapshot_download(name, local_files_only=True))
+        with suppress(OSError):
+            found = Path(DiffusionPipeline.download(name, local_files_only=True))
     if (found / "model_index.json").is_file():
         return found
     cure = f", or fetch the model of that name: hf download {name}" if named else ""
