@@ -397,3 +397,10 @@ def test_the_node_lays_the_whole_matrices_over_the_llm(pack, host, converted):
         [(strength, patch, *_)] = adapted.patcher.patches[f"causal_lm.{name}"]
         found = llm.frozen.causal_lm.state_dict()[name] + strength * patch[1][0]
         assert torch.allclose(found, merged[name], atol=1e-5)
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("mine")
+    assert convert_stages(tmp_path, "--stage1", tmp_path / "none.ckpt") == 2
+    assert "a folder with other things in it. Name a new or an empty one." in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "mine"

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from minigpt5_core.errors import BadInputError
 
+from .report import REPORT
+
 if TYPE_CHECKING:
     from .report import Report
 
@@ -24,6 +26,7 @@ def run(argv: list[str]) -> int:
     """Runs `minigpt4` or `minigpt5` with the arguments after `convert`; returns the exit code."""
     arguments = _parser().parse_args(argv)
     try:
+        _check_out(arguments.out)
         arguments.command(arguments)
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -37,6 +40,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _check_out(out: Path) -> None:
+    """BadInputError for a folder that holds what no conversion wrote: it would be replaced."""
+    if out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file():
+        raise BadInputError(f"--out {out} is a folder with other things in it. Name a new or an empty one.")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer convert",
@@ -48,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_minigpt5(commands)
     for command in commands.choices.values():
         command.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="a folder; it is replaced"
+            "--out",
+            type=Path,
+            required=True,
+            metavar="DIR",
+            help="a new folder; an earlier conversion is replaced",
         )
         command.add_argument("--dry-run", action="store_true", help="list what would happen, write nothing")
     return parser
