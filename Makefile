@@ -29,8 +29,11 @@ help:
 story: .venv/story-installed
 	@$(BIN)/python -m minigpt5_core --scenes "$(SCENES)" --seed "$(SEED)" --out "$$OUT" -- "$$PROMPT"
 
+# Two at a time, each with one thread: most tests wait for small computations that two threads do not make faster.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/dev-installed
-	$(BIN)/python -m pytest -m "not comfyui or comfyui_smoke"
+	$(PYTEST) -m "not comfyui or comfyui_smoke"
 
 test-comfyui: .venv/dev-installed
 	$(BIN)/python -m pytest tests/comfyui -m "comfyui$(if $(filter 1,$(SDXL)),, and not comfyui_sdxl)" -rs
@@ -41,7 +44,7 @@ lint: .venv/dev-installed
 	$(BIN)/python -m mypy -p minigpt5_core -p trainer
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow and not comfyui"
+	$(PYTEST) -m "not slow and not comfyui"
 
 $(BIN)/pip:
 	$(PYTHON) -m venv .venv

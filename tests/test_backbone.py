@@ -101,6 +101,7 @@ def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_pat
     assert mapper(torch.zeros(1, 8, header.llm_width)).pooled.shape == (1, POOLED)
 
 
+@pytest.mark.slow
 @pytest.mark.space("sdxl", "train")
 def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_path, xl_folder):
     train_align(recipe, tmp_path / "pixels")

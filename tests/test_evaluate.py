@@ -187,6 +187,7 @@ finetune = { steps = 0 }
 """
 
 
+@pytest.mark.slow
 def test_ablations_train_and_measure_each_variant_once(trained, tmp_path, monkeypatch):
     _, parts = trained
     recipe = tmp_path / "recipe.toml"
@@ -217,10 +218,11 @@ def test_a_recipe_of_ablations_that_says_nothing_or_too_much_is_refused(tmp_path
 
 def test_the_shipped_ablations_are_recipes():
     variants = read_variants(Path("trainer/recipes/storybook_ablations.toml"))
-    assert variants["2 vokens"].align.vokens == 2 and variants["default"].align.steps == 200
+    assert variants["2 vokens"].align.vokens == 2 and variants["default"].align.steps == 700
     assert variants["no stage 2"].finetune is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [True, False])
 def test_a_data_set_is_evaluated_into_the_same_kind_of_report(small, tmp_path, write):
     path = export_stories("vist", 2, 4, tmp_path / "data")

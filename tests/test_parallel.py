@@ -204,6 +204,7 @@ def test_more_processes_than_examples_are_refused(align_recipe, tmp_path):
         train_align(replace(align_recipe, accumulation=5), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_result_is_the_average_over_the_steps(align_recipe, tmp_path):
     recipe = replace(align_recipe, ema_decay=0.5, save_every=1, keep=10)
     train_align(recipe, tmp_path / "run")

@@ -41,6 +41,7 @@ def same(first, second):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
 
 
+@pytest.mark.slow
 def test_a_finished_run_explains_itself(recipe, tmp_path):
     train_align(recipe, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -54,6 +55,7 @@ def test_a_finished_run_explains_itself(recipe, tmp_path):
     assert any((tmp_path / "tensorboard").rglob("events.*"))
 
 
+@pytest.mark.slow
 def test_the_newest_states_and_the_best_one_are_kept(recipe, tmp_path, monkeypatch):
     losses = iter((3.0, 1.0, 5.0, 4.0, 3.0, 2.0))
     plain = Run.save_state
@@ -62,6 +64,7 @@ def test_the_newest_states_and_the_best_one_are_kept(recipe, tmp_path, monkeypat
     assert states(tmp_path) == ["step_000002", "step_000005", "step_000006"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_state_before(recipe, tmp_path, monkeypatch, capsys):
     from accelerate import Accelerator
 
@@ -86,6 +89,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_state_before(recipe, tmp_path,
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]  # the lost step is there once
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_changes_nothing_and_says_what_is_safe(recipe, tmp_path, monkeypatch):
     plain, calls = align.PictureLosses.__call__, []
 

@@ -58,6 +58,7 @@ def base_weights(model):
     }
 
 
+@pytest.mark.slow
 def test_align_moves_every_trained_parameter_and_no_frozen_one(
     align_recipe, tmp_path, monkeypatch, tiny_llm_folder
 ):
@@ -77,6 +78,7 @@ def test_align_moves_every_trained_parameter_and_no_frozen_one(
     assert (before != after).any(1).all()
 
 
+@pytest.mark.slow
 def test_finetune_moves_every_trained_parameter_and_no_frozen_one(
     finetune_recipe, align_recipe, tmp_path, monkeypatch, tiny_llm_folder
 ):
@@ -100,6 +102,7 @@ def test_finetune_moves_every_trained_parameter_and_no_frozen_one(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["tiny", "untied"])
 def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tmp_path, request, head):
     folder = request.getfixturevalue(f"{head}_llm_folder")
@@ -114,6 +117,7 @@ def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tm
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_an_output_head_of_its_own_learns_its_rows_too(
     stage, align_recipe, finetune_recipe, tmp_path, untied_llm_folder
@@ -129,6 +133,7 @@ def test_an_output_head_of_its_own_learns_its_rows_too(
     assert torch.equal(before[last + 1 :], after[last + 1 :])
 
 
+@pytest.mark.slow
 def test_align_on_stories_goes_on_from_finetune_and_leaves_its_lora(finetune_recipe, align_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "first")
     train_align(replace(align_recipe, captions=1, stories=2), tmp_path / "second", tmp_path / "first")
@@ -143,6 +148,7 @@ def test_align_on_stories_goes_on_from_finetune_and_leaves_its_lora(finetune_rec
     assert not torch.equal(mappers[0]["queries"], mappers[1]["queries"])
 
 
+@pytest.mark.slow
 def test_finetune_goes_on_from_finetune(finetune_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "first")
     still = replace(finetune_recipe, steps=1, lora_rate=0.0, row_rate=0.0, mapper_rate=0.0)
@@ -153,6 +159,7 @@ def test_finetune_goes_on_from_finetune(finetune_recipe, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_recipe, tmp_path, monkeypatch):
     def run(out, **options):
@@ -177,6 +184,7 @@ def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_re
         assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_what_was_trained_tells_a_story(
     align_recipe, finetune_recipe, tmp_path, tiny_llm_folder, tiny_diffusion_folder
 ):
@@ -194,6 +202,7 @@ def test_what_was_trained_tells_a_story(
     assert [(s.text, s.picture.tobytes()) for s in scenes] == [(s.text, s.picture.tobytes()) for s in again]
 
 
+@pytest.mark.slow
 def test_the_number_of_tokens_is_a_setting(align_recipe, tmp_path):
     with pytest.raises(BadInputError, match="tokens is 12, but the text encoder gives 77"):
         train_align(replace(align_recipe, tokens=12), tmp_path / "run")

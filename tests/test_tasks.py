@@ -196,6 +196,7 @@ def parts(trained):
     return {**trained[1], "steps": 3, "batch": 2, "image_from": 0.0, "preview_every": 3, "save_every": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not beside this repository")
 def test_both_stages_train_on_real_samples(parts, trained, tmp_path):
     align = AlignRecipe(**parts, data=str(SAMPLES / "CC3M" / "cc3m_val.tsv"), format="cc3m")
@@ -214,6 +215,7 @@ def test_both_stages_train_on_real_samples(parts, trained, tmp_path):
     assert len(record.scenes) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_a_run_on_a_data_set_resumes_exactly(parts, tmp_path, stage, monkeypatch):
     path = export_stories("jsonl", 6, 3, tmp_path / "data")
