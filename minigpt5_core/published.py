@@ -21,6 +21,7 @@ from .errors import BadInputError
 from .losses import IGNORED
 from .mapper import ReferenceMapper
 from .vokens import block_starts, voken_strings
+from .weights import check_shapes
 
 IMAGE_HERE = "<ImageHere>"
 _MAPPER_NAMES = {"fc.": "fc.", "llm_to_t2i_mapping.": "transformer.", "t2i_decoder_prompt": "queries"}
@@ -152,13 +153,10 @@ def build_published_mapper(weights: PublishedWeights, heads: int = 8, vokens: in
 
 
 def _load(mapper: nn.Module, tensors: dict[str, Tensor]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in mapper.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if strays := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-        first = strays[0]
-        raise BadInputError(
-            f"The checkpoint's tensors are not those of the mapper: {len(strays)} differ; {first} is "
-            f"{found.get(first, 'missing')}, expected {expected.get(first, 'no such tensor')}. Do the files belong "
-            "together, and is each whole?"
-        )
+    check_shapes(
+        mapper,
+        tensors,
+        "The checkpoint's tensors are not those of the mapper",
+        "Do the files belong together, and is each whole?",
+    )
     mapper.load_state_dict(tensors, strict=True, assign=True)

@@ -19,7 +19,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfi
 from .config import build
 from .errors import BadInputError
 from .vision import picture_tensor
-from .weights import FORMAT_VERSION, read_tensors
+from .weights import FORMAT_VERSION, check_shapes, read_tensors
 
 # CLIP's, which EVA was trained with
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -133,14 +133,8 @@ def build_qformer(config: QFormerConfig, tensors: dict[str, Tensor], source: str
     """The encoder around these tensors, in eval mode; BadInputError, opened by `source`, if they are not its own."""
     with torch.device("meta"):
         encoder = QFormerEncoder(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if strays := sorted(name for name in expected | shapes if expected.get(name) != shapes.get(name)):
-        first = strays[0]
-        raise BadInputError(
-            f"{source}: {len(strays)} tensors of the vision path are not as they should be; {first} is "
-            f"{shapes.get(first, 'missing')}, expected {expected.get(first, 'no such tensor')}. Is the file whole?"
-        )
+    trouble = f"{source}: the tensors of the vision path are not as they should be"
+    check_shapes(encoder, tensors, trouble, "Is the file whole?")
     encoder.load_state_dict(tensors, strict=True, assign=True)
     return encoder.requires_grad_(False).eval()
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from .conditioning import Space
 from .config import MapperConfig, build
@@ -196,17 +197,23 @@ def _check_agreement(config: MapperConfig, header: MapperHeader, path: Path) -> 
 
 
 def _check_tensors(mapper: Mapper, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in mapper.state_dict().items()}
+    trouble = f"{path}: the tensors do not fit a {mapper.config.kind} mapper of the header's sizes"
+    check_shapes(mapper, tensors, trouble, "Save the mapper again.")
+
+
+def check_shapes(module: nn.Module, tensors: dict[str, torch.Tensor], trouble: str, cure: str) -> None:
+    """BadInputError unless the tensors have the names and shapes of the module's own; either may be on `meta`.
+
+    It says how many differ, after `trouble`, then what is wrong with the first one, then `cure`.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected == found:
-        return
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    first = wrong[0]
-    raise BadInputError(
-        f"{path}: {len(wrong)} tensors do not fit a {mapper.config.kind} mapper of the header's sizes; "
-        f"{first}: found {found.get(first, 'nothing')}, expected {expected.get(first, 'nothing')}. "
-        "Save the mapper again."
-    )
+    if strays := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        first = strays[0]
+        raise BadInputError(
+            f"{trouble}: {len(strays)} differ; {first} is {found.get(first, 'missing')}, expected "
+            f"{expected.get(first, 'no such tensor')}. {cure}"
+        )
 
 
 def _mark(opened: Any, name: str, rows: int = 8) -> bytes:

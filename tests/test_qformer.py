@@ -117,7 +117,9 @@ def test_another_file_in_its_place_is_bad_input(encoder, tmp_path):
     with pytest.raises(BadInputError, match="expected 1 and the key minigpt5.qformer"):
         load_qformer(file)
     save_checked({"a": torch.zeros(1)}, file, header(encoder.config))
-    with pytest.raises(BadInputError, match="tensors of the vision path are not as they should be; a is"):
+    with pytest.raises(
+        BadInputError, match="tensors of the vision path are not as they should be: .* differ; a is"
+    ):
         load_qformer(file)
 
 

@@ -48,8 +48,8 @@ class EvaluateRecipe:
     than the main parts. There the LLM writes the texts itself, of at most `max_new_tokens`, unless `write` is false;
     `scores` says with which weights what comes out is measured.
 
-    Settings are chosen on the `split` "validation", of stories and captions without held-out combinations that no
-    training draws.
+    Settings are chosen on the `split` "validation": stories that no training draws, and captions, without held-out
+    combinations.
     """
 
     stories: int = 100

@@ -17,7 +17,7 @@ from minigpt5_core.files import whole_folder
 from minigpt5_core.llm import reading
 from minigpt5_core.published import PublishedTokenizer
 from minigpt5_core.qformer import QFormerConfig, build_qformer, header
-from minigpt5_core.weights import QFORMER
+from minigpt5_core.weights import QFORMER, check_shapes
 
 from .pickles import read_folder, read_tensors
 from .report import Report
@@ -132,14 +132,9 @@ def _llm(
 def _check_llm(config: LlamaConfig, tensors: dict[str, Tensor]) -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if strays := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-        first = strays[0]
-        raise BadInputError(
-            f"--vicuna: {len(strays)} tensors are not as its config.json says; {first} is "
-            f"{found.get(first, 'missing')}, expected {expected.get(first, 'no such tensor')}. Is the folder whole?"
-        )
+    check_shapes(
+        model, tensors, "--vicuna: the tensors are not as its config.json says", "Is the folder whole?"
+    )
 
 
 def _extended(table: Tensor, vocabulary: int, added: int, name: str) -> Tensor:
