@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from .pipeline import StoryTeller
 
 BAD_INPUT, INTERRUPTED = 2, 130
+PRESETS = ("storybook", "default", "published_vist", "published_mmdialog", "published_cc3m")
+DRAWS_A_CAPTION = "published_cc3m"
 EXAMPLE = "Mia the fox wakes up in a snowy forest."
 
 
@@ -66,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "prompt", metavar="PROMPT", nargs="?", help="how the story opens; put quotes around it"
     )
-    parser.add_argument(
-        "--scenes", type=int, default=4, help="how many scenes to tell (default: %(default)s)"
-    )
+    parser.add_argument("--scenes", type=int, help="how many scenes to tell (default: 4)")
     parser.add_argument("--seed", type=int, help="another seed tells another story (default: 0)")
     parser.add_argument(
         "--out", type=Path, help="a new folder, or that of a story to replace (default: story)"
@@ -87,14 +87,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts.add_argument("--image-adapter", type=Path, metavar="FILE", help="eyes for the language model")
     parts.add_argument("--device", help="where to compute, such as cpu or cuda")
-    drawing = parser.add_argument_group("drawing")
-    drawing.add_argument("--steps", type=int, help="diffusion steps a picture")
-    drawing.add_argument("--guidance", type=float, help="how strongly a picture follows the story")
+    ways = parser.add_argument_group("wording and drawing")
+    ways.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="how the model is addressed and its words are drawn: storybook where the storybook's model draws, "
+        "default where another does, published_* as the published checkpoints were trained and run",
+    )
+    ways.add_argument("--steps", type=int, help="diffusion steps a picture, in place of the preset's")
+    ways.add_argument(
+        "--guidance", type=float, help="how strongly a picture follows the story, in place of the preset's"
+    )
     return parser
 
 
 def _tell(arguments: list[str]) -> int:
     given = _parser().parse_args(arguments)
+    _fill_in(given)
     _check_numbers(given)
     story, pictures, folder = _beginning(given)
     check_target(folder)
@@ -106,6 +115,18 @@ def _tell(arguments: list[str]) -> int:
             )
         _tell_and_save(teller, given, story, pictures, folder, bars)
     return 0
+
+
+def _fill_in(given: argparse.Namespace) -> None:
+    """The defaults that follow from what else was given."""
+    given.preset = given.preset or ("storybook" if given.diffusion is None else "default")
+    most = 1 if given.preset == DRAWS_A_CAPTION else math.inf
+    if given.scenes is None:
+        given.scenes = min(4, most)
+    if given.scenes > most:
+        raise BadInputError(
+            f"--scenes is {given.scenes}, but the preset {given.preset} draws one caption. Leave --scenes out."
+        )
 
 
 def _check_numbers(given: argparse.Namespace) -> None:
@@ -160,12 +181,14 @@ def _tell_and_save(
     bars: "_Bars",
 ) -> None:
     """Print the scenes as they come and write the story; what was told is written even if the rest fails."""
+    from .presets import PRESETS as presets
+
     settings = {name: value for name in ("steps", "guidance") if (value := getattr(given, name)) is not None}
-    told = 0
+    preset, told = presets[given.preset], 0
     bars.start_scene(1, given.scenes)
     try:
         for told, scene in enumerate(
-            teller.tell(story, scenes=given.scenes, pictures=tuple(pictures), **settings), 1
+            teller.tell(story, scenes=given.scenes, preset=preset, pictures=tuple(pictures), **settings), 1
         ):
             story = replace(story, scenes=(*story.scenes, Scene(scene.text)))
             pictures.append(scene.picture)

@@ -77,12 +77,24 @@ class Prompt:
 
 @dataclass
 class Reply:
-    """One answer. `ids`: what was generated, one [IMG0] standing for each block; `voken_states`: (k, V, L)."""
+    """One answer. `ids`: what was generated, one [IMG0] standing for each block; `voken_states`: (k, V, L).
+
+    `texts` are what stands before each of the k pictures, and what comes after the last one.
+    """
 
     ids: list[int]
     text: str
     voken_states: Tensor
     stopped: str
+    texts: list[str] = field(default_factory=list)
+
+    def scenes(self, most: int) -> list[tuple[str, Tensor | None]]:
+        """Up to `most` pictures (V, L), each with the text before it; the last one also has all that is left."""
+        if len(self.voken_states) < 2:
+            return [(self.text, self.voken_states[0] if len(self.voken_states) else None)]
+        states = self.voken_states[:most]
+        early, late = self.texts[: len(states) - 1], self.texts[len(states) - 1 :]
+        return list(zip((*early, " ".join(filter(None, late))), states, strict=True))
 
 
 @dataclass
@@ -170,14 +182,24 @@ class _Row:
 
     def reply(self) -> Reply:
         """What came out."""
-        text = self.llm.tokenizer.decode(self.ids, skip_special_tokens=True)
-        for stop in self.sampling.stop_strings:
-            text = text.split(stop)[0]
         count, width = len(self.llm.voken_ids), self.llm.width
         states = (
             torch.stack(self.states) if self.states else torch.zeros(0, count, width, device=self.llm.device)
         )
-        return Reply(self.ids, text.strip(), states, self.stopped)
+        return Reply(self.ids, self._text(self.ids), states, self.stopped, self._texts())
+
+    def _texts(self) -> list[str]:
+        """The texts between the pictures."""
+        opens = self.llm.voken_ids[0]
+        blocks = [index for index, token in enumerate(self.ids) if token == opens]
+        edges = zip([0, *(index + 1 for index in blocks)], [*blocks, len(self.ids)], strict=True)
+        return [self._text(self.ids[start:end]) for start, end in edges]
+
+    def _text(self, ids: list[int]) -> str:
+        text = self.llm.tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in self.sampling.stop_strings:
+            text = text.split(stop)[0]
+        return text.strip()
 
 
 def seeded_generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -20,17 +20,17 @@ from PIL import Image
 
 from .conditioning import SPACES, Conditioning, Space, check_space
 from .errors import BadInputError, CancelledError
-from .generate import Reply, Sampling, StoryCache, generate, seeded_generator
+from .generate import Reply, StoryCache, generate, seeded_generator
 from .llm import FrozenLLM, load_adapter, load_llm, load_sight, reading
 from .llm_files import default_llm
 from .mapper import Mapper
-from .prompts import LOOK, NEXT, Turn, fit_chat
+from .presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
+from .presets import Preset
+from .prompts import LOOK, NEXT, Turn, fit_prompt
 from .story import Story
 from .storybook import STORYBOOK, unknown_words
 from .vision import picture_tensor
 from .weights import IMAGE_ADAPTER, MapperHeader, hash_weights, load_mapper
-
-STORYBOOK_SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=50, max_new_tokens=60)
 
 log = logging.getLogger("minigpt5")
 
@@ -84,43 +84,50 @@ class StoryTeller:
         self,
         story: Story,
         scenes: int = 4,
-        steps: int = 20,
-        guidance: float = 3.0,
-        sampling: Sampling = STORYBOOK_SAMPLING,
+        steps: int | None = None,
+        guidance: float | None = None,
+        preset: Preset = STORYBOOK_PRESET,
         pictures: Sequence[Image.Image | None] = (),
     ) -> Iterator[ToldScene]:
         """Yields `scenes` new scenes after those the story already holds; scene i draws with seed + i.
 
-        `pictures` are those of the scenes it holds. An LLM that sees is shown every picture, also those it asked for
-        itself; to another a picture is known as the voken block it came from. Raises BadInputError for an opening that
-        does not fit the LLM's context.
+        `preset` words the story, and says how many `steps` and how much `guidance` a picture gets where these are
+        None; a reply with several pictures becomes several scenes. `pictures` are those of the scenes the story holds.
+        An LLM that sees is shown every picture, also those it asked for itself; to another a picture is known as the
+        voken block it came from. Raises BadInputError for an opening that does not fit the LLM's context.
         """
-        turns = self._earlier(story, pictures)
-        cache = StoryCache()
-        for index in range(len(turns), len(turns) + scenes):
-            turns.append(Turn(NEXT if index else story.prompt))
-            seed = (story.seed + index) % 2**64
-            reply, dropped = self._write(turns, sampling, seed, cache)
-            drawn = len(reply.voken_states) > 0
-            picture = self._draw(reply, seed, steps, guidance) if drawn else None
-            shown = None if picture is None else self.llm.see(picture_tensor(picture))
-            turns[-1] = replace(turns[-1], text=reply.text, picture=drawn, shown=shown)
-            yield ToldScene(reply.text, picture, tuple(turn + 1 for turn in dropped))
+        steps = preset.steps if steps is None else steps
+        guidance = preset.guidance if guidance is None else guidance
+        turns = self._earlier(story, pictures, preset)
+        last, cache = len(turns) + scenes, StoryCache()
+        while (index := len(turns)) < last:
+            asked = Turn(NEXT if index else story.prompt)
+            reply, dropped = self._write([*turns, asked], preset, (story.seed + index) % 2**64, cache)
+            told = preset.told(self.llm, [*turns, asked], reply)
+            most = min(preset.sampling.max_pictures, last - index)
+            for text, states in replace(reply, text=told).scenes(most):
+                seed = (story.seed + len(turns)) % 2**64
+                picture = None if states is None else self._draw(states[None], seed, steps, guidance)
+                shown = None if picture is None else preset.see(self.llm, picture_tensor(picture))
+                turns.append(replace(asked, text=text, picture=picture is not None, shown=shown))
+                yield ToldScene(text, picture, tuple(turn + 1 for turn in dropped))
+                asked, dropped = Turn(NEXT), ()
 
-    def _earlier(self, story: Story, pictures: Sequence[Image.Image | None]) -> list[Turn]:
+    def _earlier(self, story: Story, pictures: Sequence[Image.Image | None], preset: Preset) -> list[Turn]:
         """The story's scenes as the LLM reads them, their pictures shown behind their blocks where it can see."""
         turns = []
         for index, (scene, picture) in enumerate(zip_longest(story.scenes, pictures[: len(story.scenes)])):
-            shown = None if picture is None else self.llm.see(picture_tensor(picture))
+            shown = None if picture is None else preset.see(self.llm, picture_tensor(picture))
             request = NEXT if index else story.prompt or LOOK
             turns.append(Turn(request, scene.text, scene.picture is not None, shown))
         return turns
 
     def _write(
-        self, turns: list[Turn], sampling: Sampling, seed: int, cache: StoryCache
+        self, turns: list[Turn], preset: Preset, seed: int, cache: StoryCache
     ) -> tuple[Reply, tuple[int, ...]]:
-        room = sampling.max_new_tokens + len(self.llm.voken_ids)
-        fitted = fit_chat(self.llm, turns, room)
+        sampling = preset.sampling_for(self.llm, turns)
+        room = sampling.max_new_tokens + sampling.max_pictures * len(self.llm.voken_ids)
+        fitted = fit_prompt(self.llm, turns, room, preset.wording_for(self.llm))
         ticks = iter(range(1, room + 1))
         reply = generate(
             self.llm,
@@ -136,8 +143,9 @@ class StoryTeller:
         return reply, fitted.dropped
 
     @torch.no_grad()
-    def _draw(self, reply: Reply, seed: int, steps: int, guidance: float) -> Image.Image:
-        positive, negative = self.mapper(reply.voken_states[:1]), self.mapper.negative()
+    def _draw(self, states: torch.Tensor, seed: int, steps: int, guidance: float) -> Image.Image:
+        """A picture of voken states (1, V, L)."""
+        positive, negative = self.mapper(states), self.mapper.negative()
 
         def tick(pipeline: DiffusionPipeline, step: int, timestep: object, tensors: dict) -> dict:
             self.on_progress("drawing", step + 1, steps)

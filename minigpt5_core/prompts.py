@@ -1,11 +1,9 @@
-"""A story as the LLM reads it: token ids, scene by scene, in one of two wordings.
+"""A story as the LLM reads it, in its own chat template: every scene is a request and the reply to it.
 
-`chat` is the LLM's own chat template: every scene is a user's request and the assistant's reply, which ends with its
-voken block. `published` is the grammar of the published checkpoints: "###Human:" and "###Assistant:", pictures as
-`<Img><ImageHere></Img>`.
+A reply ends with its voken block. The wordings of the published checkpoints are in `published_prompts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -24,12 +22,6 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
 )
-PUBLISHED_SYSTEM = (
-    "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide "
-    "it to you. Please understanding images and generate story."
-)
-PUBLISHED_PICTURE = "<Img><ImageHere></Img>"
-PUBLISHED_NEXT = "Tell me the next scene with image."
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,19 @@ class Turn:
     text: str | None = None
     picture: bool = True
     shown: Tensor | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a story is put to the LLM.
+
+    `prompt` words the turns, the last of which is still to be told. `illustrates` says whether that one's request is
+    the scene itself, so that nothing but its picture is wanted. A reply ends at one of the `stops`.
+    """
+
+    prompt: Callable[[FrozenLLM, Sequence[Turn]], Prompt]
+    illustrates: Callable[[Sequence[Turn]], bool] = lambda turns: False
+    stops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,16 +88,11 @@ def chat_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
     return Prompt(llm.encode(chat_text(llm, turns)), images, llm.picture_id if images else None)
 
 
-def published_text(turns: Sequence[Turn]) -> str:
-    """The published grammar for a story's next scene: earlier texts with their pictures, then the question."""
-    told = [turn for turn in turns if turn.text is not None]
-    history = "".join(f"{turn.text}{PUBLISHED_PICTURE if turn.picture else ''}" for turn in told)
-    asked = turns[-1].request if turns and turns[-1].text is None else PUBLISHED_NEXT
-    return f"{PUBLISHED_SYSTEM}###Human:{history}{chr(10) if history else ''} {asked} ###Assistant:"
+CHAT = Wording(chat_prompt)
 
 
-def fit_chat(llm: FrozenLLM, turns: Sequence[Turn], room: int) -> FittedPrompt:
-    """The chat prompt for an open story, leaving `room` tokens for the reply.
+def fit_prompt(llm: FrozenLLM, turns: Sequence[Turn], room: int, wording: Wording = CHAT) -> FittedPrompt:
+    """The prompt for an open story, leaving `room` tokens for the reply.
 
     A story longer than the context keeps its first scene and its latest ones; which scenes fell out is returned.
     Raises BadInputError when the opening alone does not fit.
@@ -101,7 +101,7 @@ def fit_chat(llm: FrozenLLM, turns: Sequence[Turn], room: int) -> FittedPrompt:
     dropped: list[int] = []
     while True:
         kept = [turn for index, turn in enumerate(turns) if index not in dropped]
-        prompt = chat_prompt(llm, kept)
+        prompt = wording.prompt(llm, kept)
         if prompt.length <= limit:
             return FittedPrompt(prompt, tuple(dropped))
         if len(kept) <= 2:

@@ -90,11 +90,13 @@ def normalise(picture: Tensor) -> Tensor:
     return ((picture - picture.new_tensor(MEAN)) / picture.new_tensor(DEVIATION)).movedim(-1, 0)
 
 
-def white_square(picture: Image.Image) -> Image.Image:
-    """The whole picture in the middle of a white square, as the published demo and its training targets have it."""
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(picture.convert("RGB"), ((side - picture.width) // 2, (side - picture.height) // 2))
+def white_square(picture: Tensor) -> Tensor:
+    """(H, W, 3) in the middle of a white (side, side, 3), as the published demo and its training targets have it."""
+    height, width, _ = picture.shape
+    side = max(height, width)
+    square = picture.new_ones(side, side, 3)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = picture
     return square
 
 

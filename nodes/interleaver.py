@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .compat import link, schema
 from .sockets import LLM, MAPPER, STORY
-from .turn import SEEDS, sampling_inputs
+from .turn import SEEDS, preset_input, sampling_inputs
 
 SIZE = "In pixels: 128 for the storybook, which draws nonsense at other sizes; 512 for SD 1.5, 1024 for SDXL."
 
@@ -74,6 +74,7 @@ class Interleaver(io.ComfyNode):
                     tooltip="An empty latent of your own, for models whose latents are not Stable Diffusion's; width "
                     "and height then do nothing.",
                 ),
+                preset_input(),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),
@@ -110,6 +111,7 @@ def _scene(graph: Any, index: int, line: str, story: Any, latent: Any, inputs: d
         instruction=line,
         seed=seed,
         pictures="after_text",
+        preset=inputs.get("preset", "off"),
         **sampling,
     )
     conditioning = graph.node(

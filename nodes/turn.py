@@ -16,11 +16,14 @@ from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..minigpt5_core.generate import Sampling
+    from ..minigpt5_core.presets import Preset
     from ..minigpt5_core.prompts import Turn
 
 log = logging.getLogger("minigpt5")
 
 PICTURES = ["after_text", "when_asked", "first", "none"]
+PRESETS = ["off", "default", "published_vist", "published_mmdialog", "published_cc3m"]
 SEEDS = 0xFFFFFFFFFFFFFFFF
 
 
@@ -49,6 +52,18 @@ def sampling_inputs() -> list[io.Input]:
             "max_new_tokens", default=60, min=1, max=4096, tooltip="The longest a turn may be, in tokens."
         ),
     ]
+
+
+def preset_input() -> io.Input:
+    """How the LLM is addressed; the same widget in Story Turn and Interleaver, appended to those they began with."""
+    return io.Combo.Input(
+        "preset",
+        optional=True,
+        options=PRESETS,
+        default="off",
+        tooltip="off: temperature and the widgets below it count. Any other: its settings count in their place; "
+        "published_* also address the LLM as the published MiniGPT-5 checkpoints were trained to be.",
+    )
 
 
 class StoryTurn(io.ComfyNode):
@@ -96,6 +111,7 @@ class StoryTurn(io.ComfyNode):
                     max=8,
                     tooltip="How many pictures one turn may ask for; Vokens to Conditioning takes them one by one.",
                 ),
+                preset_input(),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),
@@ -119,24 +135,25 @@ class StoryTurn(io.ComfyNode):
         max_new_tokens: int,
         pictures: str,
         max_pictures: int = 1,
+        preset: str = "off",
     ) -> io.NodeOutput:
         import comfy.model_management as management
         import torch
 
         from ..minigpt5_core.generate import Sampling, generate
-        from ..minigpt5_core.prompts import fit_chat
+        from ..minigpt5_core.prompts import fit_prompt
 
-        sampling = Sampling(
-            temperature, top_p, top_k, repetition_penalty, max_new_tokens, pictures, max_pictures=max_pictures
-        )
+        widgets = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
+        way = _preset(preset, widgets, pictures, max_pictures)
         frozen = llm.frozen
         request = _request(story, instruction)
         if folders.STORYBOOK_ADAPTER in llm.adapters:
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
-        room = max_new_tokens + max_pictures * len(frozen.voken_ids)
+        room = way.sampling.max_new_tokens + max_pictures * len(frozen.voken_ids)
         if llm.sees:  # looking takes the weights; how long the prompt is shows only afterwards
             management.load_models_gpu([llm.patcher], force_full_load=True)
-        fitted = fit_chat(frozen, [*_turns(llm, story), _open_turn(request)], room)
+        turns = [*_turns(llm, story, way), _open_turn(request)]
+        fitted = fit_prompt(frozen, turns, room, way.wording_for(frozen))
         if fitted.dropped:
             left_out = ", ".join(str(page + 1) for page in fitted.dropped)
             log.warning(
@@ -145,12 +162,22 @@ class StoryTurn(io.ComfyNode):
         memory = _cache_bytes(llm, fitted.prompt.length + room)
         management.load_models_gpu([llm.patcher], memory_required=memory, force_full_load=True)
         with torch.no_grad():
+            sampling = way.sampling_for(frozen, turns)
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
+        text = way.told(frozen, turns, reply)
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
-        told = (story if story.pages else replace(story, seed=seed)).with_page(
-            Page(request, reply.text, told=True)
-        )
-        return io.NodeOutput(told, reply.text, vokens, ui=told_so_far(told))
+        told = (story if story.pages else replace(story, seed=seed)).with_page(Page(request, text, told=True))
+        return io.NodeOutput(told, text, vokens, ui=told_so_far(told))
+
+
+def _preset(name: str, widgets: Sampling, pictures: str, max_pictures: int) -> Preset:
+    """The preset, or the widgets; when pictures come is always the node's own affair."""
+    from ..minigpt5_core.presets import PRESETS as presets
+    from ..minigpt5_core.presets import Preset
+
+    chosen = Preset(widgets) if name == "off" else presets[name]
+    sampling = replace(chosen.sampling, pictures=pictures, max_pictures=max_pictures)
+    return replace(chosen, sampling=sampling)
 
 
 def _request(story: StorySoFar, instruction: str) -> str:
@@ -175,7 +202,7 @@ def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
         tell_user(message, node_id)
 
 
-def _turns(llm: LoadedLLM, story: StorySoFar) -> list[Turn]:
+def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset) -> list[Turn]:
     """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next.
 
     An LLM that sees is shown every picture; a voken block stands for those it asked for, and for all if it is blind.
@@ -184,7 +211,7 @@ def _turns(llm: LoadedLLM, story: StorySoFar) -> list[Turn]:
 
     turns = []
     for index, page in enumerate(story.pages):
-        shown = llm.frozen.see(page.picture) if llm.sees and page.picture is not None else None
+        shown = way.see(llm.frozen, page.picture) if llm.sees and page.picture is not None else None
         block = page.picture is not None and (page.told or shown is None)
         request = page.request or (NEXT if index else story.prompt or LOOK)
         turns.append(Turn(request, page.text, block, shown))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from minigpt5_core.cli import main
 from minigpt5_core.errors import BadInputError, CancelledError
+from minigpt5_core.presets import PRESETS
 from minigpt5_core.story import Story, load_story
 
 ROOT = Path(__file__).parents[1]
@@ -143,13 +144,25 @@ def test_parts_and_settings_reach_the_pipeline(pipeline: Pipeline) -> None:
     arguments = "--llm L --adapter A --mapper M --diffusion D --device cpu --steps 5 --guidance 2.5"
     main(["Mia", "--scenes", "1", *arguments.split()])
     assert pipeline.tellers[0].parts == Parts(Path("L"), Path("A"), Path("M"), Path("D"), "cpu")
-    assert pipeline.tellers[0].settings == {"steps": 5, "guidance": 2.5, "pictures": ()}
+    assert pipeline.tellers[0].settings == {
+        "steps": 5, "guidance": 2.5, "pictures": (), "preset": PRESETS["default"]
+    }  # fmt: skip
 
 
 def test_settings_nobody_gave_are_left_to_the_pipeline(pipeline: Pipeline) -> None:
     main(["Mia", "--scenes", "1"])
     assert pipeline.tellers[0].parts == Parts()
-    assert pipeline.tellers[0].settings == {"pictures": ()}
+    assert pipeline.tellers[0].settings == {"pictures": (), "preset": PRESETS["storybook"]}
+
+
+def test_a_preset_can_be_named_and_one_that_draws_a_caption_tells_one_scene(
+    pipeline: Pipeline, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["A dog.", "--preset", "published_cc3m", "--out", "one"]) == 0
+    assert pipeline.tellers[0].settings["preset"] is PRESETS["published_cc3m"]
+    assert len(load_story(Path("one")).scenes) == 1
+    assert main(["A dog.", "--preset", "published_cc3m", "--scenes", "2"]) == 2
+    assert "--scenes is 2, but the preset published_cc3m draws one caption" in capsys.readouterr().err
 
 
 def test_words_the_storybook_cannot_draw_are_named(capsys: pytest.CaptureFixture) -> None:

@@ -16,6 +16,10 @@ from transformers import LlamaForCausalLM
 from minigpt5_core.adapter import read_adapter
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_adapter, load_llm, load_sight
+from minigpt5_core.prompts import NEXT, Turn
+from minigpt5_core.published import PublishedTokenizer
+from minigpt5_core.published_prompts import CC3M, DIALOGUE_SYSTEM, MMDIALOG, STORY_SYSTEM, VIST
+from minigpt5_core.story import load_story
 from minigpt5_core.weights import hash_weights, load_mapper
 from tests import published_files as files
 from trainer.cli import main
@@ -373,15 +377,53 @@ def test_an_adapter_of_whole_matrices_does_not_fit_an_llm_with_one_for_both(conv
 # In the main job
 
 
+TURNS = [
+    Turn("Mia the fox.", "", shown=torch.zeros(6, SIZES.llm_width)),
+    Turn(NEXT, "She sees snow!", shown=torch.ones(6, SIZES.llm_width)),
+    Turn("What should happen then?"),
+]
+ASKED = {
+    VIST: f"{STORY_SYSTEM}###Human:Mia the fox.<Img><ImageHere></Img>She sees snow!<Img><ImageHere></Img>\n "
+    "What should happen then? ###Assistant:",
+    MMDIALOG: f"{DIALOGUE_SYSTEM} ###Human: Mia the fox. ###Assistant: <Img><ImageHere></Img> "
+    "###Human: What should happen then? ###Assistant:",
+    CC3M: "what should happen then?",
+}
+
+
+@pytest.mark.parametrize("name", ["VIST", "MMDIALOG", "CC3M"])
+@pytest.mark.parametrize(("folder", "bos"), [("one", 2), ("two", 1)])
+def test_a_prompt_has_the_ids_that_the_published_tokenizer_gave(published, converted, name, folder, bos):
+    """Beside the slow tokenizer's rules, straight on the sentencepiece file."""
+    wording = {"VIST": VIST, "MMDIALOG": MMDIALOG, "CC3M": CC3M}[name]
+    llm = load_adapter(load_llm(converted / "llm"), converted / folder / "adapter")
+    turns = TURNS if name != "MMDIALOG" else [TURNS[0], TURNS[2]]
+    prompt = wording.prompt(llm, turns)
+    slow = PublishedTokenizer(published / "vicuna" / "tokenizer.model")
+    assert prompt.ids == [bos, *slow.encode(ASKED[wording])]
+    assert (
+        prompt.ids.count(slow.image_id) == len(prompt.images) == {"VIST": 2, "MMDIALOG": 1, "CC3M": 0}[name]
+    )
+    assert prompt.length == len(prompt.ids) + 5 * len(prompt.images)
+
+
 @pytest.mark.slow
-def test_the_converted_files_tell_a_story_from_the_command_line(converted, tmp_path, caplog):
+@pytest.mark.parametrize("preset", ["default", "published_vist", "published_mmdialog", "published_cc3m"])
+def test_the_converted_files_tell_a_story_from_the_command_line(converted, tmp_path, caplog, preset):
     from minigpt5_core.cli import main as tell
 
     flags = {"llm": "llm", "adapter": "one/adapter", "mapper": "one/mapper.safetensors"}
     parts = [word for flag, file in flags.items() for word in (f"--{flag}", str(converted / file))]
     out = tmp_path / "story"
-    assert tell(["A fox.", *parts, "--scenes", "1", "--steps", "1", "--out", str(out)]) == 0
-    assert (out / "scene_01.png").is_file()
+    number = "1" if preset == "published_cc3m" else "2"
+    assert (
+        tell(["A fox.", *parts, "--preset", preset, "--scenes", number, "--steps", "1", "--out", str(out)])
+        == 0
+    )
+    story = load_story(out)
+    assert len(story.scenes) == int(number)
+    if preset == "default":  # the published ones leave it to the LLM
+        assert all(scene.picture for scene in story.scenes)
     assert "other weights" not in caplog.text  # which LLM the mapper knows is not known
 
 

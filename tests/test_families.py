@@ -50,6 +50,7 @@ from minigpt5_core.families.base import Family, placed, stack_positions
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
 from minigpt5_core.pipeline import Parts, load
+from minigpt5_core.presets import Preset
 from minigpt5_core.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.story import Story
 from minigpt5_core.vokens import gather_voken_states
@@ -479,7 +480,7 @@ def test_a_story_is_told_and_what_was_drawn_is_shown(kind, folder, stages, tiny_
     adapter, mapper = (run / "finetune" / name for name in ("adapter", "mapper.safetensors"))
     teller = load(Parts(llm=folder, adapter=adapter, mapper=mapper, diffusion=tiny_diffusion_folder))
     story = Story("Mia the fox.", seed=1)
-    scenes = list(teller.tell(story, scenes=2, steps=1, sampling=Sampling(max_new_tokens=6)))
+    scenes = list(teller.tell(story, scenes=2, steps=1, preset=Preset(Sampling(max_new_tokens=6))))
     assert all(scene.picture is not None for scene in scenes)
     assert len(teller.llm.seen) == (2 if teller.llm.sees else 0)
 

@@ -1,6 +1,6 @@
 """A toy LLM in the graph: loaded, adapted by patches, and telling one turn with ComfyUI's progress and Cancel."""
 
-import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,13 +54,13 @@ def tell(pack, llm):
 def prompts(pack, monkeypatch):
     """What the LLM was asked, turn by turn: [[(request, text, whether there is a picture), ...], ...]."""
     module, asked = pack.part("minigpt5_core.prompts"), []
-    plain = module.fit_chat
+    plain = module.fit_prompt
 
-    def listen(llm, turns, room):
+    def listen(llm, turns, room, wording):
         asked.append([(turn.request, turn.text, turn.picture) for turn in turns])
-        return plain(llm, turns, room)
+        return plain(llm, turns, room, wording)
 
-    monkeypatch.setattr(module, "fit_chat", listen)
+    monkeypatch.setattr(module, "fit_prompt", listen)
     return asked
 
 
@@ -278,13 +278,13 @@ def seeing(pack, models, tiny_llm_folder):
 def shown(pack, monkeypatch):
     """Which pages' pictures each turn was shown, and whether a block stood in front of it."""
     module, asked = pack.part("minigpt5_core.prompts"), []
-    plain = module.fit_chat
+    plain = module.fit_prompt
 
-    def listen(llm, turns, room):
+    def listen(llm, turns, room, wording):
         asked.append([(turn.picture, turn.shown is not None) for turn in turns])
-        return plain(llm, turns, room)
+        return plain(llm, turns, room, wording)
 
-    monkeypatch.setattr(module, "fit_chat", listen)
+    monkeypatch.setattr(module, "fit_prompt", listen)
     return asked
 
 
@@ -307,11 +307,45 @@ def test_an_llm_that_sees_is_shown_behind_its_block_what_came_of_it(pack, tell, 
     assert shown[1] == [(True, True), (True, False)]
 
 
+# Presets
+
+
+def test_a_preset_takes_the_place_of_the_widgets_above_it(pack, tell, llm, opening, monkeypatch):
+    monkeypatch.setattr(llm.frozen.causal_lm.config, "max_position_embeddings", 1024)
+    module, drawn = pack.part("minigpt5_core.generate"), []
+    plain = module.generate
+
+    def listen(llm, prompts, sampling, *rest, **more):
+        drawn.append((sampling, llm.tokenizer.decode(prompts[0].ids)))
+        return plain(llm, prompts, replace(sampling, max_new_tokens=4), *rest, **more)
+
+    monkeypatch.setattr(module, "generate", listen)
+    tell(opening)
+    tell(opening, preset="default", pictures="when_asked", max_pictures=3)
+    tell(opening, preset="published_vist", pictures="after_text")
+    (off, asked), (mended, _), (vist, scene) = drawn
+    assert (off.temperature, off.repetition_penalty, off.max_new_tokens) == (1.0, 1.0, 6)
+    assert (mended.repetition_penalty, mended.max_new_tokens) == (1.1, 256)
+    assert (mended.pictures, mended.max_pictures) == ("when_asked", 3)  # the node's own affair
+    assert (vist.repetition_penalty, vist.stop_strings) == (2.0, ("###",))
+    assert vist.pictures == "first"  # the opening is there already, and only its picture is wanted
+    assert scene.endswith("Generate an image with the scene description: Mia the fox. ###Assistant:")
+    assert "<|im_start|>user\nMia the fox." in asked
+
+
+def test_a_scene_that_was_only_drawn_is_told_as_it_was_asked_for(pack, tell, llm, opening, monkeypatch):
+    monkeypatch.setattr(llm.frozen.causal_lm.config, "max_position_embeddings", 1024)
+    monkeypatch.setattr(pack.part("minigpt5_core.generate")._Row, "_text", lambda row, ids: "")
+    story, text, vokens = tell(opening, preset="published_vist")
+    assert text == story.pages[0].text == "Mia the fox." and len(vokens.states) == 1
+    assert tell(opening)[1] == ""
+
+
 # What the storybook cannot draw
 
 
 def test_words_outside_the_storybooks_world_are_named_on_the_outer_node(pack, host, llm, opening, caplog):
-    adapted = dataclasses.replace(llm, adapters=("storybook",))
+    adapted = replace(llm, adapters=("storybook",))
     given = {"llm": adapted, "instruction": "A dragon lands.", **SHORT, "story": opening}
     host("server").sent.clear()
     pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9.0.0.scene_1_turn"}, **given)

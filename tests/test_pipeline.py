@@ -16,7 +16,6 @@ from minigpt5_core.conditioning import SPACES, Space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.mapper import build_mapper, compact_config
 from minigpt5_core.pipeline import (
-    STORYBOOK_SAMPLING,
     Parts,
     StoryTeller,
     check_device,
@@ -26,6 +25,7 @@ from minigpt5_core.pipeline import (
     load_diffusion,
     space_of,
 )
+from minigpt5_core.presets import STORYBOOK
 from minigpt5_core.story import Scene, Story
 from minigpt5_core.weights import MapperHeader
 
@@ -71,12 +71,12 @@ def test_a_story_goes_on_as_if_it_had_never_stopped(teller):
 def test_a_reply_without_vokens_has_no_picture_and_goes_on_as_such(teller):
     drawn = []
     teller.on_progress = lambda stage, done, total: drawn.append(stage == "drawing")
-    sampling = replace(STORYBOOK_SAMPLING, pictures="none")
+    silent = replace(STORYBOOK, sampling=replace(STORYBOOK.sampling, pictures="none"))
     story = Story("Mia the fox.", seed=4)
-    whole = list(teller.tell(story, scenes=2, steps=1, sampling=sampling))
+    whole = list(teller.tell(story, scenes=2, steps=1, preset=silent))
     assert [scene.picture for scene in whole] == [None, None] and not any(drawn)
     begun = Story(story.prompt, story.seed, (Scene(whole[0].text, None),))
-    assert list(teller.tell(begun, scenes=1, steps=1, sampling=sampling)) == whole[1:]
+    assert list(teller.tell(begun, scenes=1, steps=1, preset=silent)) == whole[1:]
 
 
 def test_a_saved_scene_is_read_with_its_vokens_only_if_it_has_a_picture(teller, monkeypatch):

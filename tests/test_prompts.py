@@ -1,7 +1,7 @@
 import pytest
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.prompts import Turn, chat_text, fit_chat, published_text
+from minigpt5_core.prompts import Turn, chat_text, fit_prompt
 
 
 def test_a_chat_story_ends_every_reply_with_its_block(tiny_llm):
@@ -25,7 +25,7 @@ def test_an_llm_without_a_chat_template_reads_plain_lines(tiny_llm, monkeypatch)
 
 def test_a_long_story_keeps_its_beginning_and_its_latest_scenes(tiny_llm):
     turns = [Turn(f"request {index}", "x" * 60) for index in range(8)] + [Turn("now")]
-    fitted = fit_chat(tiny_llm, turns, room=40)
+    fitted = fit_prompt(tiny_llm, turns, room=40)
     text = tiny_llm.tokenizer.decode(fitted.prompt.ids)
     assert fitted.dropped == tuple(range(1, 1 + len(fitted.dropped))) and fitted.dropped
     assert len(fitted.prompt.ids) <= 512 - 40
@@ -34,12 +34,4 @@ def test_a_long_story_keeps_its_beginning_and_its_latest_scenes(tiny_llm):
 
 def test_an_opening_longer_than_the_context_is_refused(tiny_llm):
     with pytest.raises(BadInputError, match="Shorten the prompt"):
-        fit_chat(tiny_llm, [Turn("x" * 600)], room=40)
-
-
-def test_the_published_grammar_puts_pictures_behind_their_texts():
-    text = published_text([Turn("", "A dog."), Turn("", "It ran."), Turn("What should happen then?")])
-    assert text.endswith(
-        "story.###Human:A dog.<Img><ImageHere></Img>It ran.<Img><ImageHere></Img>\n"
-        " What should happen then? ###Assistant:"
-    )
+        fit_prompt(tiny_llm, [Turn("x" * 600)], room=40)

@@ -139,9 +139,10 @@ def test_a_picture_becomes_its_middle_square_in_clips_scale(encoder, width, heig
 
 
 def test_a_white_square_holds_the_whole_picture_in_its_middle():
-    square = picture_tensor(white_square(Image.new("RGB", (10, 4), "black")))
-    assert square.shape == (10, 10, 3)
+    square = white_square(torch.zeros(4, 11, 3))
+    assert square.shape == (11, 11, 3)
     assert square[3:7].max() == 0 and square[:3].min() == 1 and square[7:].min() == 1
+    assert torch.equal(white_square(square), square)
 
 
 def test_white_is_one_in_every_channel_before_clips_scale():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import load_llm, load_sight
-from minigpt5_core.prompts import DESCRIBE, LOOK, Turn, chat_prompt, chat_text, fit_chat
+from minigpt5_core.prompts import DESCRIBE, LOOK, Turn, chat_prompt, chat_text, fit_prompt
 from minigpt5_core.vision import (
     ImageAdapterHeader,
     ImageEncoder,
@@ -149,7 +149,7 @@ def test_a_kept_story_with_pictures_goes_on_as_a_fresh_one(seeing):
 def test_a_picture_takes_its_tokens_of_the_context(seeing):
     seeing.causal_lm.config.max_position_embeddings = 270
     turns = [Turn("a", "b" * 30, shown=torch.zeros(3, 32)) for _ in range(3)]
-    fitted = fit_chat(seeing, [*turns, Turn("c")], room=10)
+    fitted = fit_prompt(seeing, [*turns, Turn("c")], room=10)
     assert fitted.dropped and fitted.prompt.length <= 260
     assert len(fitted.prompt.images) == 3 - len(fitted.dropped)
 

@@ -16,7 +16,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Reply, Sampling, generate
 from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference
 from minigpt5_core.pipeline import StoryTeller
-from minigpt5_core.prompts import NEXT, Turn, fit_chat
+from minigpt5_core.prompts import NEXT, Turn, fit_prompt
 from minigpt5_core.vision import picture_tensor
 
 from .data.formats import read
@@ -129,7 +129,7 @@ def systems(teller: StoryTeller, drawing: Drawing, sampling: Sampling, write: bo
 
 def _reply(teller: StoryTeller, chapter: Chapter, sampling: Sampling, seed: int) -> Reply:
     room = sampling.max_new_tokens + len(teller.llm.voken_ids)
-    fitted = fit_chat(teller.llm, [*chapter.turns, Turn(chapter.request)], room)
+    fitted = fit_prompt(teller.llm, [*chapter.turns, Turn(chapter.request)], room)
     return generate(teller.llm, [fitted.prompt], sampling, [seed])[0]
 
 

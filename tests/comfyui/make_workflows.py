@@ -153,7 +153,7 @@ def own_pictures() -> Builder:
     return builder
 
 
-def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float) -> Builder:
+def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float, **sampling: Any) -> Builder:
     builder = Builder()
     llm = builder.add("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype="auto", vokens=8)
     adapted = builder.add("MiniGPT5LoadAdapter", llm=llm(), adapter_name=adapter, strength=1.0)
@@ -161,8 +161,9 @@ def checkpoint(file: str, mapper_name: str, adapter: str, size: int, cfg: float)
     loaded = builder.add("CheckpointLoaderSimple", ckpt_name=file)
     story = builder.add("MiniGPT5Story", text=MIA)
     told = interleave(
-        builder, adapted, mapper, loaded(0), loaded(2), story(), cfg=cfg, steps=25, width=size, height=size
-    )
+        builder, adapted, mapper, loaded(0), loaded(2), story(), cfg=cfg, steps=25, width=size, height=size,
+        **sampling,
+    )  # fmt: skip
     show_and_save(builder, told())
     return builder
 
@@ -252,11 +253,17 @@ text what they show.""",
     ),
     "MiniGPT-5 with SD 2.1": (
         lambda: checkpoint(
-            "v2-1_512-ema-pruned.safetensors", "minigpt5_sd21.safetensors", "minigpt5_sd21", 512, 7.5
-        ),
+            "v2-1_512-ema-pruned.safetensors",
+            "minigpt5_sd21.safetensors",
+            "minigpt5_sd21",
+            512,
+            7.5,
+            preset="default",
+        ),  # fmt: skip
         """# MiniGPT-5 with Stable Diffusion 2.1
 
-The model of the paper: vokens steer Stable Diffusion 2.1 base at 512 x 512."""
+The model of the paper: vokens steer Stable Diffusion 2.1 base at 512 x 512. For a published checkpoint that was
+converted, choose its LLM, adapter and mapper; its first scene is your opening, drawn."""
         + NO_MAPPER,
     ),
     "Any SD 1.5 or SDXL checkpoint with a mapper": (
