@@ -6,6 +6,8 @@ P pooled width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -78,24 +80,24 @@ class ReferenceMapper(Mapper):
         return Conditioning(tokens, _pool(self.pooled_head, features))
 
 
-class CompactMapper(Mapper):
-    """Our own small mapper: the vokens' states talk to each other, then T learned queries read them.
+class StandardisedMapper(Mapper):
+    """What our own kinds share: the states they take, and the scale they answer in.
 
     A fresh one answers with mean 0 and deviation near 1 in every dimension; `target_mean` and `target_std`
     (T, C) carry that to the text encoder's scale, so that it can be trained on the standardised target.
+    `count` states are read.
     """
 
     target_mean: torch.Tensor
     target_std: torch.Tensor
 
-    def __init__(self, config: MapperConfig) -> None:
+    def __init__(self, config: MapperConfig, count: int) -> None:
         super().__init__(config)
         hidden = config.hidden
         # the LLM's final norm leaves a few dimensions hundreds of times larger than the others
         self.input = nn.Sequential(nn.LayerNorm(config.llm_width), nn.Linear(config.llm_width, hidden))
-        self.positions = nn.Parameter(torch.randn(1, config.vokens, hidden) / hidden**0.5)
+        self.positions = nn.Parameter(torch.randn(1, count, hidden) / hidden**0.5)
         self.queries = nn.Parameter(torch.randn(1, config.tokens, hidden))
-        self.transformer = _encoder_decoder(config, "gelu")
         self.output = nn.Linear(hidden, config.width)
         nn.init.normal_(self.output.weight, std=hidden**-0.5)  # unit deviation after the final LayerNorm
         nn.init.zeros_(self.output.bias)
@@ -103,13 +105,50 @@ class CompactMapper(Mapper):
         self.register_buffer("target_mean", torch.zeros(config.tokens, config.width))
         self.register_buffer("target_std", torch.ones(config.tokens, config.width))
 
+    def answer(self, hidden: torch.Tensor, memory: torch.Tensor) -> Conditioning:
+        """(B, T, H) and the vokens' side (B, count, H) -> conditioning in the text encoder's scale."""
+        tokens = self.output(hidden) * self.target_std + self.target_mean
+        return Conditioning(tokens, _pool(self.pooled_head, memory))
+
+
+class CompactMapper(StandardisedMapper):
+    """Our own small mapper: the vokens' states talk to each other, then T learned queries read them."""
+
+    def __init__(self, config: MapperConfig) -> None:
+        super().__init__(config, config.vokens)
+        self.transformer = _encoder_decoder(config, "gelu")
+
     def map(self, states: torch.Tensor) -> Conditioning:
         memory = self.transformer.encoder(self.input(states) + self.positions)  # (B, V, H)
-        raw = self.output(self.transformer.decoder(self.queries.expand(len(states), -1, -1), memory))
-        return Conditioning(raw * self.target_std + self.target_mean, _pool(self.pooled_head, memory))
+        queries = self.queries.expand(len(states), -1, -1)
+        return self.answer(self.transformer.decoder(queries, memory), memory)
 
 
-MAPPERS: dict[str, type[Mapper]] = {"reference": ReferenceMapper, "compact": CompactMapper}
+class ConnectorMapper(StandardisedMapper):
+    """Reads voken rows as learned queries, after the idea of MetaQuery (arXiv 2504.06256) and OpenUni (2505.23661).
+
+    A query answers where it stands, so of the V states given the first, which stands before the block and
+    predicts [IMG0], is left out; the others are those at [IMG0] .. [IMG(V-2)], V - 1 queries. One bidirectional encoder
+    runs over them and T learned slots, and the slots are the answer.
+    """
+
+    def __init__(self, config: MapperConfig) -> None:
+        if config.vokens < 2:
+            raise BadInputError("A connector needs 2 vokens or more, one more than it has queries; found 1.")
+        super().__init__(config, config.vokens - 1)
+        self.transformer = _encoder(config, "gelu")
+
+    def map(self, states: torch.Tensor) -> Conditioning:
+        queries = self.input(states[:, 1:]) + self.positions  # (B, V - 1, H)
+        slots = self.queries.expand(len(states), -1, -1)
+        read = self.transformer(torch.cat((queries, slots), 1))
+        count = queries.shape[1]
+        return self.answer(read[:, count:], read[:, :count])
+
+
+MAPPERS: dict[str, type[Mapper]] = {
+    "reference": ReferenceMapper, "compact": CompactMapper, "connector": ConnectorMapper,
+}  # fmt: skip
 
 
 def build_mapper(config: MapperConfig) -> Mapper:
@@ -153,18 +192,34 @@ def compact_config(space: Space, llm_width: int, vokens: int = 8) -> MapperConfi
     )
 
 
+def connector_config(space: Space, llm_width: int, vokens: int = 9) -> MapperConfig:
+    """The compact mapper's width and nearly its size: 5 layers over 8 queries, 2.2 M parameters for the storybook."""
+    config = compact_config(space, llm_width, vokens)
+    return replace(config, kind="connector", layers=5)
+
+
+def _encoder(config: MapperConfig, activation: str) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(*_shape(config, activation), batch_first=True, norm_first=True)
+    # without nested tensors, which norm-first never uses and torch warns about
+    return nn.TransformerEncoder(
+        layer, config.layers, nn.LayerNorm(config.hidden), enable_nested_tensor=False
+    )
+
+
 def _encoder_decoder(config: MapperConfig, activation: str) -> nn.Transformer:
-    shape = (config.hidden, config.heads, config.feed_forward, 0.0, activation)
-    encoder_layer = nn.TransformerEncoderLayer(*shape, batch_first=True, norm_first=True)
-    decoder_layer = nn.TransformerDecoderLayer(*shape, batch_first=True, norm_first=True)
-    # given by hand: nn.Transformer's own encoder warns about nested tensors, which norm-first never uses
-    encoder = nn.TransformerEncoder(
-        encoder_layer, config.layers, nn.LayerNorm(config.hidden), enable_nested_tensor=False
-    )
-    decoder = nn.TransformerDecoder(decoder_layer, config.layers, nn.LayerNorm(config.hidden))
+    layer = nn.TransformerDecoderLayer(*_shape(config, activation), batch_first=True, norm_first=True)
+    decoder = nn.TransformerDecoder(layer, config.layers, nn.LayerNorm(config.hidden))
     return nn.Transformer(
-        config.hidden, config.heads, custom_encoder=encoder, custom_decoder=decoder, batch_first=True
+        config.hidden,
+        config.heads,
+        custom_encoder=_encoder(config, activation),
+        custom_decoder=decoder,
+        batch_first=True,
     )
+
+
+def _shape(config: MapperConfig, activation: str) -> tuple[int, int, int, float, str]:
+    return config.hidden, config.heads, config.feed_forward, 0.0, activation
 
 
 def _pooled_head(config: MapperConfig) -> nn.Linear | None:

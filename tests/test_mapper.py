@@ -6,7 +6,14 @@ import torch
 from minigpt5_core.conditioning import SPACES, Space
 from minigpt5_core.config import MapperConfig
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import MAPPERS, Mapper, build_mapper, compact_config, reference_config
+from minigpt5_core.mapper import (
+    MAPPERS,
+    Mapper,
+    build_mapper,
+    compact_config,
+    connector_config,
+    reference_config,
+)
 
 TOY = Space("toy", tokens=5, width=12, pooled_width=None)
 POOLED = Space("toy", tokens=5, width=12, pooled_width=6)
@@ -98,22 +105,46 @@ def test_a_reference_of_another_hidden_width_is_refused():
         build_mapper(MapperConfig.from_dict(values))
 
 
-def test_the_compact_mapper_has_2_2_million_parameters_for_the_storybook():
-    mapper = build_mapper(compact_config(SPACES["storybook"], llm_width=576))
+@pytest.mark.parametrize("config", [compact_config, connector_config])
+def test_our_own_mappers_have_2_2_million_parameters_for_the_storybook(config):
+    mapper = build_mapper(config(SPACES["storybook"], llm_width=576))
     assert 2.0e6 <= sum(weight.numel() for weight in mapper.parameters()) <= 2.2e6
 
 
-def test_a_fresh_compact_mapper_answers_with_mean_zero_and_deviation_one():
+def test_a_connector_reads_the_states_at_its_queries_and_not_what_stands_before_them():
+    """Torch's own encoder, both ways, over the rows after the first and the learned slots."""
+    mapper = toy_mapper("connector").eval()
+    states = torch.randn(2, 3, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about nested tensors
+        layer = torch.nn.TransformerEncoderLayer(12, 2, 24, 0.0, "gelu", batch_first=True, norm_first=True)
+        plain = torch.nn.TransformerEncoder(layer, 1, torch.nn.LayerNorm(12)).eval()
+    plain.load_state_dict(mapper.transformer.state_dict())
+    rows = mapper.input(states[:, 1:]) + mapper.positions
+    read = plain(torch.cat((rows, mapper.queries.repeat(2, 1, 1)), 1))
+    assert torch.allclose(mapper(states).tokens, mapper.output(read[:, 2:]), atol=1e-6)
+    changed = torch.cat((torch.randn(2, 1, 16), states[:, 1:]), 1)
+    assert torch.equal(mapper(changed).tokens, mapper(states).tokens)
+
+
+def test_a_connector_of_one_voken_has_no_query():
+    with pytest.raises(BadInputError, match="2 vokens or more"):
+        build_mapper(MapperConfig.from_dict(toy_config("connector").to_dict() | {"vokens": 1}))
+
+
+@pytest.mark.parametrize("config", [compact_config, connector_config])
+def test_a_fresh_mapper_of_our_own_answers_with_mean_zero_and_deviation_one(config):
     torch.manual_seed(0)
-    mapper = build_mapper(compact_config(SPACES["storybook"], llm_width=576))
+    mapper = build_mapper(config(SPACES["storybook"], llm_width=576))
     with torch.no_grad():
-        tokens = mapper(torch.randn(16, 8, 576)).tokens
+        tokens = mapper(torch.randn(16, mapper.config.vokens, 576)).tokens
     assert tokens.mean().abs() < 0.1
     assert tokens.std((0, 1)).min() > 0.5 and tokens.std((0, 1)).max() < 1.5
 
 
-def test_the_compact_mapper_s_answer_is_carried_to_the_target_s_scale():
-    mapper = toy_mapper("compact")
+@pytest.mark.parametrize("kind", ["compact", "connector"])
+def test_our_own_mapper_s_answer_is_carried_to_the_target_s_scale(kind):
+    mapper = toy_mapper(kind)
     states = torch.randn(2, 3, 16)
     raw = mapper(states).tokens
     mean, deviation = torch.randn(5, 12), torch.rand(5, 12)
@@ -149,5 +180,5 @@ def test_the_negative_follows_weights_that_are_trained_loaded_or_cast(mode):
 
 
 def test_an_unknown_kind_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(BadInputError, match="'huge'. Known kinds: compact, reference"):
+    with pytest.raises(BadInputError, match="'huge'. Known kinds: compact, connector, reference"):
         build_mapper(MapperConfig.from_dict(toy_config("compact").to_dict() | {"kind": "huge"}))

@@ -16,7 +16,14 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.losses import drop_states
-from minigpt5_core.mapper import CompactMapper, Mapper, build_mapper, compact_config, reference_config
+from minigpt5_core.mapper import (
+    Mapper,
+    StandardisedMapper,
+    build_mapper,
+    compact_config,
+    connector_config,
+    reference_config,
+)
 from minigpt5_core.pipeline import space_of
 from minigpt5_core.weights import load_mapper
 
@@ -134,12 +141,12 @@ class StageRecipe:
 
 
 def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
-    """An untrained mapper of the recipe's kind; a compact one answers in the text encoder's scale from the start."""
+    """An untrained mapper of the recipe's kind; our own kinds answer in the text encoder's scale from the start."""
     if recipe.space not in SPACES:
         raise BadInputError(f"Unknown space {recipe.space!r}. Known: {', '.join(SPACES)}.")
     space = recipe_space(recipe)
     check_space(space, space_of(targets.backbone.pipeline, space))
-    configs = {"compact": compact_config, "reference": reference_config}
+    configs = {"compact": compact_config, "connector": connector_config, "reference": reference_config}
     if recipe.mapper not in configs:
         raise BadInputError(f"Unknown mapper {recipe.mapper!r}. Known: {', '.join(configs)}.")
     mapper = build_mapper(configs[recipe.mapper](space, llm.width, recipe.vokens))
@@ -153,8 +160,8 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: Targets) -> Mapper:
 
 
 def scale_to(mapper: Mapper, targets: Targets) -> None:
-    """Lets a compact mapper answer in the text encoder's scale; one of another kind, or number of tokens, stays."""
-    if isinstance(mapper, CompactMapper) and mapper.config.tokens == len(targets.mean):
+    """Lets a mapper of our own kinds answer in the text encoder's scale; another, or one of other tokens, stays."""
+    if isinstance(mapper, StandardisedMapper) and mapper.config.tokens == len(targets.mean):
         mapper.target_mean.copy_(targets.mean)
         mapper.target_std.copy_(targets.deviation)
 
