@@ -35,10 +35,10 @@ class Preset:
         return self.wording or (CHAT if llm.bos_id is None else VIST)
 
     def sampling_for(self, llm: FrozenLLM, turns: Sequence[Turn]) -> Sampling:
-        """How the reply to the last turn is drawn: where only a picture is wanted, no text has to come before it."""
+        """How the reply to the last turn is drawn: where only a picture is wanted, its block is the whole reply."""
         wording, sampling = self.wording_for(llm), self.sampling
         if sampling.pictures == "after_text" and wording.illustrates(turns):
-            sampling = replace(sampling, pictures="first", max_pictures=1)
+            sampling = replace(sampling, pictures="first", max_pictures=1, max_new_tokens=1)
         return replace(sampling, stop_strings=(*sampling.stop_strings, *wording.stops))
 
     def told(self, llm: FrozenLLM, turns: Sequence[Turn], reply: Reply) -> str:

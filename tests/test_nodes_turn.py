@@ -324,6 +324,7 @@ def test_a_preset_takes_the_place_of_the_widgets_above_it(pack, tell, llm, openi
     tell(opening, preset="default", pictures="when_asked", max_pictures=3)
     tell(opening, preset="published_vist", pictures="after_text")
     (off, asked), (mended, _), (vist, scene) = drawn
+    assert vist.max_new_tokens == 1  # a block and no word
     assert (off.temperature, off.repetition_penalty, off.max_new_tokens) == (1.0, 1.0, 6)
     assert (mended.repetition_penalty, mended.max_new_tokens) == (1.1, 256)
     assert (mended.pictures, mended.max_pictures) == ("when_asked", 3)  # the node's own affair

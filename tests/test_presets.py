@@ -84,6 +84,12 @@ def test_a_converted_checkpoint_is_addressed_as_it_was_trained_also_by_default(t
     first, later = [Turn("Mia.")], [Turn(NEXT, "Mia."), Turn(NEXT)]
     sampling = DEFAULT.sampling_for(converted, first)
     assert (sampling.pictures, sampling.max_pictures, sampling.stop_strings) == ("first", 1, ("###",))
+    llm = scripted("12Babble.")  # the block takes two of its turns
+    converted = replace(llm, bos_id=2)
+    converted.logits = llm.logits
+    converted.causal_lm.config.max_position_embeddings = 1024  # here a token a letter
+    scenes, seeds = tell(converted, DEFAULT, 2)
+    assert [scene.text for scene in scenes] == ["Mia.", "Babble."] and seeds == [7, 8]
     assert DEFAULT.sampling_for(converted, later).pictures == "after_text"
     assert DEFAULT.sampling_for(tiny_llm, first) == DEFAULT.sampling
 

@@ -49,7 +49,9 @@ PREVIEW = (
 class DiffusionRecipe:
     """How to train text encoder and UNet. Until `freeze_text_encoder_share` of the steps both learn; then only the
     UNet does, so that a mapper can be aligned with the text encoder meanwhile. Cells that show hero, prop or
-    companion count `figure_weight` times: they are a quarter of the picture, and what is hard in it. Captions that
+    companion count `figure_weight` times: they are a quarter of the picture, and what is hard in it. Noisy timesteps
+    count up to `layout_weight` times, as far as they would by the error of the picture itself: what stands where is
+    decided there, and the noise's own error hardly shows it. Captions that
     differ in one fact are pushed apart until `margin`, in units of the spread of all captions: learned from pictures
     alone a place fills most of that spread, and two props lie closer together than a mapper can tell."""
 
@@ -62,6 +64,7 @@ class DiffusionRecipe:
     empty_share: float = 0.1
     min_snr_gamma: float = 5.0
     figure_weight: float = 1.0
+    layout_weight: float = 1.0
     margin: float = 0.4
     margin_weight: float = 0.1
     ema_decay: float = 0.998
@@ -226,9 +229,7 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
             rows = draw.choices(range(len(data.latents)), k=recipe.batch)
             conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
             weights = 1 + (recipe.figure_weight - 1) * data.figures[rows]
-            loss = noise_loss(
-                unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe.min_snr_gamma
-            )
+            loss = noise_loss(unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe)
             close = torch.zeros(())
             if next(text_encoder.parameters()).requires_grad:
                 close = closeness(pipeline, [data.states[row] for row in rows], recipe.margin, draw)
@@ -251,19 +252,19 @@ def noise_loss(
     latents: Tensor,
     conditioning: Tensor,
     weights: Tensor,
-    gamma: float,
+    recipe: DiffusionRecipe,
 ) -> Tensor:
     """The method's own diffusion loss at random timesteps, cells counted by `weights` (B, 1, h, w).
 
-    What minimises it is the same for any weights: they only say where to look first.
+    What minimises it is the same for any weights, of cells or timesteps: they only say where to look first.
     """
     noise = torch.randn_like(latents)
     steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
     predicted = unet(scheduler.add_noise(latents, noise, steps), steps, conditioning).sample
-    scale = (weights / weights.mean()).sqrt()  # the loss squares it
-    return diffusion_loss(
-        predicted * scale, noise * scale, compute_snr(scheduler.alphas_cumprod, steps), gamma
-    )
+    snr = compute_snr(scheduler.alphas_cumprod, steps)
+    layout = (recipe.min_snr_gamma / snr).clamp(min=1, max=max(1.0, recipe.layout_weight))
+    scale = (weights / weights.mean() * layout[:, None, None, None]).sqrt()  # the loss squares it
+    return diffusion_loss(predicted * scale, noise * scale, snr, recipe.min_snr_gamma)
 
 
 def closeness(
