@@ -1,7 +1,9 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from minigpt5_core.losses import (
     LossWeights,
@@ -13,6 +15,7 @@ from minigpt5_core.losses import (
     text_loss,
     voken_loss,
 )
+from trainer.storybook.diffusion import DiffusionRecipe, noise_loss
 
 
 def test_the_default_weights_are_the_published_ones():
@@ -116,3 +119,26 @@ def test_dropout_is_repeatable_and_can_be_switched_off():
     draws = [drop_states(states, 0.5, torch.Generator().manual_seed(3))[1] for _ in range(2)]
     assert torch.equal(*draws)
     assert not drop_states(states, 0.0)[1].any()
+
+
+class _Silent(torch.nn.Module):
+    """A UNet that predicts no noise at all."""
+
+    def forward(self, noisy: torch.Tensor, *rest: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+
+@pytest.mark.parametrize("most", [1.0, 4.0, 100.0])
+def test_noisy_timesteps_count_as_far_as_they_would_by_the_pictures_own_error(most):
+    """The clean latents' error is the noise's over the signal-to-noise ratio; here times gamma, up to `most`."""
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    latents, cells = torch.randn(64, 4, 4, 4), torch.ones(64, 1, 4, 4)
+    torch.manual_seed(3)
+    found = noise_loss(
+        _Silent(), scheduler, latents, torch.zeros(64), cells, DiffusionRecipe(layout_weight=most)
+    )
+    torch.manual_seed(3)
+    noise, times = torch.randn_like(latents), torch.randint(0, 1000, (64,))
+    kept = scheduler.alphas_cumprod[times]
+    weights = torch.minimum(5 * (1 - kept) / kept, torch.tensor(most))
+    assert torch.allclose(found, (noise.square().mean((1, 2, 3)) * weights).mean(), rtol=1e-4)
