@@ -27,6 +27,7 @@ class Parts:
     diffusion: Path | None = None
     device: str | None = None
     image_adapter: Path | None = None
+    llm_precision: str = "float32"
 
 
 @dataclass
