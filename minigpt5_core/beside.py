@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,6 +41,15 @@ class Beside(nn.Module):
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether its weight is held in packed integers, whose rows and columns are no numbers one can add to."""
-    weight = module.weight
-    return isinstance(weight, torch.Tensor) and not weight.is_floating_point()
+    """Whether it is a layer whose weight is held in packed integers, no numbers that one can add to."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing 4 bits anew for CPUs with AVX512-BF16.
+
+    That layout doubles the speed there, but `state_dict()`, which ComfyUI calls at will, does not bring the scales back
+    in order (bitsandbytes 0.50), and rounds them to bf16, so that CPUs would differ.
+    """
+    for module in filter(is_packed, model.modules()):
+        module.support_avx512bf16_for_cpu = False

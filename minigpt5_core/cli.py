@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from .errors import BadInputError, CancelledError
 from .llm_files import NAME, default_folder, get_llm, is_llm
-from .precision import PRECISIONS
 from .pages import HTML, check_target, read_pictures, write_story
+from .precision import PRECISIONS
 from .story import Scene, Story, load_story
 
 if TYPE_CHECKING:

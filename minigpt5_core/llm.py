@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .adapter import OTHER_LLM, Adapter, merge_adapter, read_adapter, take_beside
-from .beside import Beside
+from .beside import Beside, keep_layout
 from .errors import BadInputError
 from .families import find_family, load_family
 from .families.base import Family, SeeingFamily
@@ -99,7 +99,7 @@ class FrozenLLM:
         return self if prefix is None else replace(self, prefix=prefix)
 
     def adapted(self, adapter: Adapter, beside: Beside | None = None) -> "FrozenLLM":
-        """This LLM with what of an adapter is in no weight: a prefix, a beginning of its own, LoRA beside the weights."""
+        """This LLM with what of an adapter is in no weight: a prefix, a beginning of its own, LoRA beside weights."""
         llm = self.prefixed(adapter.prefix)
         llm = llm if adapter.bos_id is None else replace(llm, bos_id=adapter.bos_id)
         return llm if beside is None else replace(llm, beside=(*llm.beside, beside))
@@ -191,7 +191,9 @@ def load_llm(
         model = kind.model_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **small
         )
-        if not quantization:  # which lies where it belongs, and is not to be moved
+        if quantization:  # it lies where it belongs, and is not to be moved
+            keep_layout(model)
+        else:
             model = model.to(device)
         family = load_family(kind, folder, model.config, tokenizer)
     return add_vokens(tokenizer, model, vokens, family)

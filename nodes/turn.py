@@ -135,7 +135,7 @@ class StoryTurn(io.ComfyNode):
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = max_new_tokens + max_pictures * len(frozen.voken_ids)
         if llm.sees:  # looking takes the weights; how long the prompt is shows only afterwards
-            management.load_models_gpu([llm.patcher], force_full_load=True)
+            management.load_models_gpu(llm.patchers, force_full_load=True)
         fitted = fit_chat(frozen, [*_turns(llm, story), _open_turn(request)], room)
         if fitted.dropped:
             left_out = ", ".join(str(page + 1) for page in fitted.dropped)
@@ -143,7 +143,7 @@ class StoryTurn(io.ComfyNode):
                 "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
             )
         memory = _cache_bytes(llm, fitted.prompt.length + room)
-        management.load_models_gpu([llm.patcher], memory_required=memory, force_full_load=True)
+        management.load_models_gpu(llm.patchers, memory_required=memory, force_full_load=True)
         with torch.no_grad():
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)

@@ -15,7 +15,7 @@ from minigpt5_core.generate import Sampling, generate
 from minigpt5_core.llm import load_llm
 from minigpt5_core.llm_files import default_llm, find_gguf
 from minigpt5_core.precision import holding
-from minigpt5_core.prompts import Turn, fit_chat
+from minigpt5_core.prompts import Turn, chat_text, fit_chat
 from minigpt5_core.weights import hash_weights
 
 IDS = torch.arange(40)[None]
@@ -239,7 +239,11 @@ def test_4_bits_of_a_gguf_file_are_refused(toy):
 
 @pytest.mark.slow
 def test_the_default_llms_own_file_is_what_its_folder_holds_rounded_to_half():
-    llm, plain = load_llm(find_gguf()).causal_lm.state_dict(), load_llm(default_llm()).causal_lm.state_dict()
-    assert llm.keys() == plain.keys()
-    trained = {name: weight[:49152] for name, weight in llm.items()}  # the rest are vokens
-    assert all(torch.equal(weight.half().float(), plain[name][:49152]) for name, weight in trained.items())
+    llm, plain = load_llm(find_gguf()), load_llm(default_llm())
+    weights, theirs = llm.causal_lm.state_dict(), plain.causal_lm.state_dict()
+    assert weights.keys() == theirs.keys()
+    trained = {name: weight[:49152] for name, weight in weights.items()}  # the rest are vokens
+    assert all(torch.equal(weight.half().float(), theirs[name][:49152]) for name, weight in trained.items())
+    assert (llm.voken_ids, llm.context) == (plain.voken_ids, plain.context)
+    text = chat_text(llm, [Turn("Mia the fox, 1984.")])
+    assert text == chat_text(plain, [Turn("Mia the fox, 1984.")]) and llm.encode(text) == plain.encode(text)
