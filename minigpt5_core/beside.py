@@ -52,4 +52,4 @@ def keep_layout(model: nn.Module) -> None:
     in order (bitsandbytes 0.50), and rounds them to bf16, so that CPUs would differ.
     """
     for module in filter(is_packed, model.modules()):
-        module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

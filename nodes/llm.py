@@ -145,9 +145,7 @@ class LoadAdapter(io.ComfyNode):
         frozen = llm.frozen.adapted(adapter, beside)
         adapters = (*llm.adapters, adapter_name)
         patchers = (*llm.beside, *([_patcher(beside)] if beside else []))
-        return io.NodeOutput(
-            replace(llm, patcher=patcher, frozen=frozen, adapters=adapters, beside=patchers)
-        )
+        return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters, beside=patchers))
 
 
 def _holding(dtype: str) -> dict[str, Any]:

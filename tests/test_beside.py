@@ -42,7 +42,9 @@ def folder(tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untied(tiny_tokenizer, tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("llm") / "untied", tiny_tokenizer(["<|im_start|>"]), tied=False)
+    return make_folder(
+        tmp_path_factory.mktemp("llm") / "untied", tiny_tokenizer(["<|im_start|>"]), tied=False
+    )
 
 
 def in_4_bits(folder):
@@ -224,5 +226,7 @@ def test_what_is_no_precision_and_what_is_not_installed_is_named(monkeypatch):
     with pytest.raises(BadInputError, match="'8bit'; expected one of float32, bf16, 4bit"):
         holding("8bit")
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
-    with pytest.raises(BadInputError, match="bitsandbytes, which is not installed. .* -m pip install bitsandbytes"):
+    with pytest.raises(
+        BadInputError, match="bitsandbytes, which is not installed. .* -m pip install bitsandbytes"
+    ):
         holding("4bit")

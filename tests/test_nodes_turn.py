@@ -216,7 +216,12 @@ def test_a_turn_loads_what_is_beside_4_bits_too(pack, host, tell, packed, openin
     assert vokens.states.shape == (1, 8, 32) and vokens.states.isfinite().all()
     (load,) = host("comfy.model_management").loads
     assert load["models"] == [adapted.patcher, *adapted.beside] and len(adapted.beside) == 1
-    assert set(adapted.beside[0].model.state_dict()) == {"downs.0", "downs.1", "ups.0", "ups.1"}  # q_proj twice
+    assert set(adapted.beside[0].model.state_dict()) == {
+        "downs.0",
+        "downs.1",
+        "ups.0",
+        "ups.1",
+    }  # q_proj twice
 
 
 def test_a_gguf_file_is_loaded(pack, models, monkeypatch, tiny_llm_folder):
@@ -225,7 +230,9 @@ def test_a_gguf_file_is_loaded(pack, models, monkeypatch, tiny_llm_folder):
     plain = core.load_llm
     (models / "LLM" / "small.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(
-        core, "load_llm", lambda path, *rest, **kept: asked.append(path) or plain(tiny_llm_folder, *rest, **kept)
+        core,
+        "load_llm",
+        lambda path, *rest, **kept: asked.append(path) or plain(tiny_llm_folder, *rest, **kept),
     )
     (loaded,) = pack.run("MiniGPT5LoadLLM", llm_name="small.gguf").args
     assert asked == [models / "LLM" / "small.gguf"]
