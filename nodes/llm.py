@@ -30,7 +30,8 @@ class LoadLLM(io.ComfyNode):
             node_id="MiniGPT5LoadLLM",
             display_name="Load LLM (MiniGPT-5)",
             category="MiniGPT-5/loaders",
-            description="Loads the language model that tells the story, from a Hugging Face folder or a GGUF file in models/LLM.",
+            description="Loads the language model that tells the story, from a Hugging Face folder or a GGUF file in "
+            "models/LLM.",
             search_aliases=["language model", "storyteller", "SmolLM", "Vicuna"],
             inputs=[
                 io.Combo.Input(

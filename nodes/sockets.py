@@ -25,8 +25,8 @@ class LoadedLLM:
     """The LLM as ComfyUI manages it: `patcher` holds its weights (and what an adapter lays over them).
 
     `frozen` reads the same weights; it is to be used only after `load_models_gpu(patchers)`. `beside` hold the LoRA
-    that goes beside weights in 4 bits. `adapters` are the names of those laid over it, and `eyes_for` is the one its image encoder was trained with (empty: the encoder is the
-    LLM's own).
+    that goes beside weights in 4 bits. `adapters` are the names of those laid over it, and `eyes_for` is the one its
+    image encoder was trained with (empty: the encoder is the LLM's own).
     """
 
     patcher: Any
