@@ -7,7 +7,7 @@ A trained adapter is used where PEFT need not be installed, inside ComfyUI above
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .beside import Beside, is_packed
 from .errors import BadInputError
 from .prefix import Prefix, read_prefix
 
@@ -105,9 +106,20 @@ def _config_of_rows(file: Path) -> dict[str, Any]:
     return {"peft_type": "TRAINABLE_TOKENS", "token_indices": ids}
 
 
+def take_beside(
+    causal_lm: PreTrainedModel, adapter: Adapter, strength: float = 1.0
+) -> tuple[Adapter, Beside | None]:
+    """The adapter without the LoRA pairs of packed weights, and those, at `strength`, where there are any."""
+    packed = {name: pair for name, pair in adapter.lora.items() if is_packed(causal_lm.get_submodule(name))}
+    if not packed:
+        return adapter, None
+    rest = {name: pair for name, pair in adapter.lora.items() if name not in packed}
+    return replace(adapter, lora=rest), Beside(packed, strength * adapter.scale)
+
+
 @torch.no_grad()
 def merge_adapter(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
-    """Lays the adapter into the LLM's weights in memory."""
+    """Lays the adapter into the LLM's weights in memory, none of which may be packed (see `take_beside`)."""
     for module, whole in adapter.whole.items():
         causal_lm.get_submodule(module).weight.copy_(whole)
     for module, rows in adapter.rows.items():
@@ -197,9 +209,8 @@ def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, t
     targets = [] if config["target_modules"] == NO_LORA else config["target_modules"]
     for name, module in causal_lm.named_modules():
         if isinstance(module, nn.Linear) and _is_target(name, targets):
-            outputs, inputs = module.weight.shape
-            yield f"{PREFIX}{name}.lora_A.weight", (config["r"], inputs)
-            yield f"{PREFIX}{name}.lora_B.weight", (outputs, config["r"])
+            yield f"{PREFIX}{name}.lora_A.weight", (config["r"], module.in_features)
+            yield f"{PREFIX}{name}.lora_B.weight", (module.out_features, config["r"])
 
 
 def _expected_rows(config: dict, causal_lm: PreTrainedModel) -> tuple[str, tuple[int, ...]]:

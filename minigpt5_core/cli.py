@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from .errors import BadInputError, CancelledError
 from .llm_files import NAME, default_folder, get_llm, is_llm
 from .pages import HTML, check_target, read_pictures, write_story
+from .precision import PRECISIONS
 from .story import Scene, Story, load_story
 
 if TYPE_CHECKING:
@@ -77,7 +78,13 @@ def _parser() -> argparse.ArgumentParser:
         "--continue", dest="earlier", type=Path, metavar="STORY.JSON", help="go on with this story"
     )
     parts = parser.add_argument_group("parts in place of the storybook's own")
-    parts.add_argument("--llm", type=Path, metavar="FOLDER", help="a Hugging Face language model")
+    parts.add_argument(
+        "--llm", type=Path, metavar="FOLDER", help="a Hugging Face language model, or a .gguf file"
+    )
+    parts.add_argument(
+        "--llm-precision", choices=PRECISIONS, default="float32",
+        help="how the language model is held in memory (default: %(default)s); 4bit needs bitsandbytes",
+    )  # fmt: skip
     parts.add_argument(
         "--adapter", type=Path, metavar="FOLDER", help="what training added to the language model"
     )
@@ -157,7 +164,10 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
     _hush_libraries()
     from .pipeline import Parts, load
 
-    parts = Parts(given.llm, given.adapter, given.mapper, given.diffusion, given.device, given.image_adapter)
+    parts = Parts(
+        given.llm, given.adapter, given.mapper, given.diffusion, given.device, given.image_adapter,
+        given.llm_precision,
+    )  # fmt: skip
     return load(parts, bars)
 
 

@@ -1,8 +1,9 @@
 """The frozen LLM behind one small class: any decoder LLM of `transformers`, with V voken rows added."""
 
 import hashlib
+import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapter import OTHER_LLM, Adapter, merge_adapter, read_adapter
+from .adapter import OTHER_LLM, Adapter, merge_adapter, read_adapter, take_beside
+from .beside import Beside, keep_layout
 from .errors import BadInputError
 from .families import find_family, load_family
 from .families.base import Family, SeeingFamily
+from .gguf_files import OTHER_FILE, is_whole, read_gguf
 from .prefix import Prefix
 from .qformer import QFormerEncoder, load_qformer
 from .vision import ImageEncoder, load_image_adapter
 from .vokens import PICTURE, voken_strings
-from .weights import IMAGE_ADAPTER, QFORMER, hash_weights
+from .weights import IMAGE_ADAPTER, QFORMER, gguf_in, hash_weights
 
 # What transformers and diffusers raise for a folder that is broken or foreign. safetensors has its own error,
-# which derives from Exception; ImportError says which package a tokenizer or a model class needs.
+# which derives from Exception; ImportError says which package a tokenizer or a model class needs. A GGUF file that
+# is cut short ends in the midst of a number (struct.error) or a list (IndexError).
 UNREADABLE = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError,
+    struct.error,
 )  # fmt: skip
 
 
@@ -43,7 +48,8 @@ class FrozenLLM:
 
     `causal_lm` may carry PEFT layers; `width` is L. It sees by an `image_encoder`, or by itself where its `family`
     does. A learned `prefix` gives a cache for so many stories that begins with it. `bos_id` is what an adapter's
-    prompts begin with, None where it is the tokenizer's own affair.
+    prompts begin with, None where it is the tokenizer's own affair. `beside` is LoRA that could not be merged: `read`
+    lays it on, `causal_lm` itself answers without.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +60,7 @@ class FrozenLLM:
     seen: dict[str, Tensor] = field(default_factory=dict)
     family: Family = field(default_factory=Family)
     bos_id: int | None = None
+    beside: tuple[Beside, ...] = ()
 
     @property
     def sees(self) -> bool:
@@ -91,10 +98,11 @@ class FrozenLLM:
             )
         return self if prefix is None else replace(self, prefix=prefix)
 
-    def adapted(self, adapter: Adapter) -> "FrozenLLM":
-        """This LLM with what an adapter says besides its weights: a prefix in front, a beginning of its own."""
+    def adapted(self, adapter: Adapter, beside: Beside | None = None) -> "FrozenLLM":
+        """This LLM with what of an adapter is in no weight: a prefix, a beginning of its own, LoRA beside weights."""
         llm = self.prefixed(adapter.prefix)
-        return llm if adapter.bos_id is None else replace(llm, bos_id=adapter.bos_id)
+        llm = llm if adapter.bos_id is None else replace(llm, bos_id=adapter.bos_id)
+        return llm if beside is None else replace(llm, beside=(*llm.beside, beside))
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, S) ids -> (B, S, L)."""
@@ -106,7 +114,10 @@ class FrozenLLM:
 
     def read(self, inputs: Tensor, **arguments: Any) -> Any:
         """The decoder's answer to (B, S, W) text and pictures, as the family lays them out."""
-        return self.decoder(**self.family.decoder_inputs(inputs), **arguments)
+        with ExitStack() as laid:
+            for lora in self.beside:
+                laid.enter_context(lora.laid_on(self.causal_lm))
+            return self.decoder(**self.family.decoder_inputs(inputs), **arguments)
 
     @property
     def picture_id(self) -> int:
@@ -156,13 +167,17 @@ def load_llm(
 ) -> FrozenLLM:
     """Reads a Hugging Face folder and adds `vokens` rows, each the mean of all others, after its own.
 
-    `quantization` is one of transformers' configurations, such as BitsAndBytesConfig. Raises BadInputError when the
-    folder holds no LLM of a known family that transformers can read from safetensors.
+    `folder` may be a GGUF file too, or hold a single one in place of safetensors. `quantization` is one of
+    transformers' configurations, such as BitsAndBytesConfig. Raises BadInputError when the folder holds no LLM of a
+    known family that transformers can read from safetensors or GGUF.
     """
+    if file := gguf_in(folder):
+        return _load_gguf(file, vokens, dtype, device, quantization)
     if not (folder / "config.json").is_file():
         raise BadInputError(
             f"{folder} is no Hugging Face model folder (it has no config.json). Give a folder that holds config.json, "
-            "safetensors weights and a tokenizer, or make the default one: python -m minigpt5_core get-llm"
+            "safetensors weights and a tokenizer, or a .gguf file, or make the default one: "
+            "python -m minigpt5_core get-llm"
         )
     if not any(folder.glob("*.safetensors")):
         raise BadInputError(
@@ -176,10 +191,25 @@ def load_llm(
         model = kind.model_class.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True, **small
         )
-        if not quantization:  # which lies where it belongs, and is not to be moved
+        if quantization:  # it lies where it belongs, and is not to be moved
+            keep_layout(model)
+        else:
             model = model.to(device)
         family = load_family(kind, folder, model.config, tokenizer)
     return add_vokens(tokenizer, model, vokens, family)
+
+
+def _load_gguf(
+    file: Path, vokens: int, dtype: torch.dtype, device: str | torch.device, quantization: Any
+) -> FrozenLLM:
+    if quantization:
+        raise BadInputError(
+            f"{file} is a GGUF file, which is unpacked to be read and cannot be held in 4 bits. Take another precision "
+            "(bf16), or give the same model as a Hugging Face folder with safetensors weights."
+        )
+    with reading(f"The LLM in {file} cannot be read", file, OTHER_FILE):
+        tokenizer, model = read_gguf(file, dtype)
+    return add_vokens(tokenizer, model.to(device), vokens)
 
 
 def add_vokens(
@@ -204,12 +234,14 @@ def add_vokens(
 def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     """Lays a PEFT adapter (voken rows, LoRA or a prefix) over the LLM for use, in memory; files are never touched.
 
-    Raises BadInputError when the folder is no whole PEFT adapter or was trained for another LLM.
+    LoRA of weights in 4 bits stays beside them, all else is merged. Raises BadInputError when the folder is no whole
+    PEFT adapter or was trained for another LLM.
     """
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
         adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids)
-    merge_adapter(llm.causal_lm, adapter)
-    return llm.adapted(adapter)
+    merged, beside = take_beside(llm.causal_lm, adapter)
+    merge_adapter(llm.causal_lm, merged)
+    return llm.adapted(adapter, beside.to(llm.device) if beside else None)
 
 
 def load_sight(
@@ -259,7 +291,8 @@ def _check_width(llm: FrozenLLM, file: Path, width: int, llm_id: str = "it was c
 def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
     """Turns what the libraries raise for files they cannot use into BadInputError: `trouble`, why, and `cure`.
 
-    Where a safetensors file in `folder` is not whole, that is the reason given, whatever was raised.
+    Where `folder` is a GGUF file or holds a safetensors file that is not whole, that is the reason given, whatever was
+    raised.
     """
     try:
         yield
@@ -268,12 +301,14 @@ def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
     except UNREADABLE as error:
         if broken := _cut_short(folder):
             raise BadInputError(
-                f"{broken} is not a whole safetensors file. It may be cut short: copy it again."
+                f"{broken} is not a whole {broken.suffix[1:]} file. It may be cut short: copy it again."
             ) from error
         raise BadInputError(f"{trouble}: {_first_line(error)} {cure}".rstrip()) from error
 
 
 def _cut_short(folder: Path) -> Path | None:
+    if folder.suffix == ".gguf" and folder.is_file():
+        return None if is_whole(folder) else folder
     for file in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

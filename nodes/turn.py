@@ -151,7 +151,7 @@ class StoryTurn(io.ComfyNode):
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = way.sampling.max_new_tokens + max_pictures * len(frozen.voken_ids)
         if llm.sees:  # looking takes the weights; how long the prompt is shows only afterwards
-            management.load_models_gpu([llm.patcher], force_full_load=True)
+            management.load_models_gpu(llm.patchers, force_full_load=True)
         turns = [*_turns(llm, story, way), _open_turn(request)]
         fitted = fit_prompt(frozen, turns, room, way.wording_for(frozen))
         if fitted.dropped:
@@ -160,7 +160,7 @@ class StoryTurn(io.ComfyNode):
                 "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
             )
         memory = _cache_bytes(llm, fitted.prompt.length + room)
-        management.load_models_gpu([llm.patcher], memory_required=memory, force_full_load=True)
+        management.load_models_gpu(llm.patchers, memory_required=memory, force_full_load=True)
         with torch.no_grad():
             sampling = way.sampling_for(frozen, turns)
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]

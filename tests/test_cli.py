@@ -28,6 +28,7 @@ class Parts:
     diffusion: Path | None = None
     device: str | None = None
     image_adapter: Path | None = None
+    llm_precision: str = "float32"
 
 
 @dataclass
@@ -147,6 +148,14 @@ def test_parts_and_settings_reach_the_pipeline(pipeline: Pipeline) -> None:
     assert pipeline.tellers[0].settings == {
         "steps": 5, "guidance": 2.5, "pictures": (), "preset": PRESETS["default"]
     }  # fmt: skip
+
+
+def test_how_the_llm_is_held_reaches_the_pipeline(pipeline: Pipeline, capsys: pytest.CaptureFixture) -> None:
+    main(["Mia", "--scenes", "1", "--llm", "small.gguf", "--llm-precision", "bf16"])
+    assert pipeline.tellers[0].parts == Parts(Path("small.gguf"), llm_precision="bf16")
+    with pytest.raises(SystemExit):
+        main(["Mia", "--llm-precision", "8bit"])
+    assert "4bit" in capsys.readouterr().err
 
 
 def test_settings_nobody_gave_are_left_to_the_pipeline(pipeline: Pipeline) -> None:

@@ -53,6 +53,20 @@ def test_the_users_own_files_are_offered_beside_it(pack, models):
     assert choices(pack, "MiniGPT5LoadDiffusers") == ["storybook", "mine"]
 
 
+def test_gguf_files_and_folders_that_hold_one_are_offered_as_llms(pack, models):
+    file = put(models / "LLM" / "small-Q8_0.gguf")
+    folder = put(models / "LLM" / "single" / "model.gguf").parent
+    put(models / "LLM" / "two" / "a.gguf")
+    put(models / "LLM" / "two" / "b.gguf")
+    assert choices(pack, "MiniGPT5LoadLLM") == ["SmolLM2-135M-Instruct", "single", "small-Q8_0.gguf"]
+    folders = pack.part("nodes.folders")
+    assert [folders.find_llm(name) for name in ("small-Q8_0.gguf", "single")] == [file, folder]
+    ask = pack.nodes["MiniGPT5LoadLLM"].validate_inputs
+    assert "none of these folders" in ask(llm_name="two")
+    put(models / "outside.gguf")
+    assert "none of these folders" in ask(llm_name="../outside.gguf")
+
+
 def test_the_users_folders_are_searched_before_the_packs(pack, models):
     folders = pack.part("nodes.folders")
     assert folders.find_adapter("storybook") == STORYBOOK / "loras" / "storybook"

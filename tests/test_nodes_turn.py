@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from minigpt5_core.llm import load_adapter, load_llm
+from minigpt5_core.precision import holding
 from minigpt5_core.prompts import NEXT
 from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
@@ -158,6 +159,84 @@ def test_an_adapter_of_other_vokens_is_refused_by_name(pack, llm, models, tiny_l
     save_adapter(models / "loras" / "mine", tiny_llm_folder, vokens=4)
     with pytest.raises(ValueError, match=r"mine.*\(4\).*this LLM of width 32.*\(8\)"):
         pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine")
+
+
+# In 4 bits
+
+
+@pytest.fixture
+def packed(pack, models):
+    pytest.importorskip("bitsandbytes")
+    return pack.run("MiniGPT5LoadLLM", llm_name="tiny", dtype="4bit").args[0]
+
+
+@torch.no_grad()
+def states(frozen):
+    return frozen.read(frozen.embed(torch.tensor([[5, 6, 7, 70, 80]]))).last_hidden_state
+
+
+def test_an_llm_in_4_bits_is_in_comfyuis_keeping(pack, packed, llm):
+    weights = packed.patcher.model.causal_lm.model.layers[0].self_attn
+    assert {weights.q_proj.weight.dtype, weights.o_proj.weight.dtype} == {torch.uint8}
+    assert packed.frozen.causal_lm.dtype == torch.bfloat16
+    assert packed.weights_hash == llm.weights_hash
+    assert pack.nodes["MiniGPT5LoadLLM"].GET_SCHEMA().inputs[1].options[-1] == "4bit"
+
+
+def test_an_adapter_over_4_bits_is_lora_beside_them_and_patches_for_all_else(
+    pack, packed, models, tiny_llm_folder
+):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    before = states(packed.frozen)
+    (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=packed, adapter_name="mine").args
+    assert set(adapted.patcher.patches) == {"causal_lm.model.embed_tokens.weight", "causal_lm.lm_head.weight"}
+    own = load_adapter(load_llm(tiny_llm_folder, **holding("4bit")), models / "loras" / "mine")
+    assert torch.equal(states(adapted.frozen), states(own))
+    assert not torch.equal(states(own), before)
+    assert torch.equal(states(packed.frozen), before)  # the LLM it is laid over stays as it was
+
+
+def test_an_adapters_strength_holds_over_4_bits(pack, packed, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    given = {"llm": packed, "adapter_name": "mine"}
+    none, half, whole = (
+        pack.run("MiniGPT5LoadAdapter", **given, strength=strength).args[0] for strength in (0.0, 0.5, 1.0)
+    )
+    (twice,) = pack.run("MiniGPT5LoadAdapter", llm=half, adapter_name="mine", strength=0.5).args
+    assert torch.equal(states(none.frozen), states(packed.frozen))
+    assert torch.allclose(states(twice.frozen), states(whole.frozen), atol=0.1, rtol=0.1)
+    assert not torch.allclose(states(half.frozen), states(whole.frozen), atol=0.1, rtol=0.1)
+    assert len(twice.beside) == 2
+
+
+def test_a_turn_loads_what_is_beside_4_bits_too(pack, host, tell, packed, opening, models, tiny_llm_folder):
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=packed, adapter_name="mine").args
+    _, _, vokens = tell(opening, llm=adapted)
+    assert vokens.states.shape == (1, 8, 32) and vokens.states.isfinite().all()
+    (load,) = host("comfy.model_management").loads
+    assert load["models"] == [adapted.patcher, *adapted.beside] and len(adapted.beside) == 1
+    assert set(adapted.beside[0].model.state_dict()) == {
+        "downs.0",
+        "downs.1",
+        "ups.0",
+        "ups.1",
+    }  # q_proj twice
+
+
+def test_a_gguf_file_is_loaded(pack, models, monkeypatch, tiny_llm_folder):
+    asked = []
+    core, weights = pack.part("minigpt5_core.llm"), pack.part("minigpt5_core.weights")
+    plain = core.load_llm
+    (models / "LLM" / "small.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(
+        core,
+        "load_llm",
+        lambda path, *rest, **kept: asked.append(path) or plain(tiny_llm_folder, *rest, **kept),
+    )
+    (loaded,) = pack.run("MiniGPT5LoadLLM", llm_name="small.gguf").args
+    assert asked == [models / "LLM" / "small.gguf"]
+    assert (loaded.name, loaded.weights_hash) == ("small.gguf", weights.hash_weights(asked[0]))
 
 
 # Story Turn

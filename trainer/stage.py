@@ -3,13 +3,11 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor
-from transformers import BitsAndBytesConfig
 
 from minigpt5_core.conditioning import SPACES, Conditioning, Space, check_space
 from minigpt5_core.errors import BadInputError
@@ -25,6 +23,7 @@ from minigpt5_core.mapper import (
     reference_config,
 )
 from minigpt5_core.pipeline import space_of
+from minigpt5_core.precision import holding
 from minigpt5_core.weights import load_mapper
 
 from .backbone import Backbone, Targets
@@ -253,18 +252,7 @@ class PictureLosses:
 def load_frozen_llm(recipe: StageRecipe, device: torch.device) -> tuple[FrozenLLM, Path]:
     """The recipe's LLM, or the default one, as it asks for it to be held; and its folder."""
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    dtype = torch.float32 if recipe.llm_precision == "float32" else torch.bfloat16
-    if recipe.llm_precision != "4bit":
-        return load_llm(folder, recipe.vokens, dtype, device), folder
-    if not find_spec("bitsandbytes"):
-        raise BadInputError(
-            "llm_precision is 4bit, but bitsandbytes is not installed: pip install bitsandbytes, or set "
-            "llm_precision=bf16, which needs four times the memory for the LLM."
-        )
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-    return load_llm(folder, recipe.vokens, dtype, device, quantization), folder
+    return load_llm(folder, recipe.vokens, device=device, **holding(recipe.llm_precision)), folder
 
 
 def save_memory(recipe: StageRecipe, adapted: PeftModel, backbone: Backbone) -> None:

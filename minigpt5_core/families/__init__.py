@@ -30,13 +30,17 @@ FAMILIES: dict[str, type[SeeingFamily]] = {
 def find_family(folder: Path) -> type[Family]:
     """The family of the LLM in `folder`; BadInputError, which lists those that are known, for any other kind."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type")
+    return family_of(config.get("model_type"), folder)
+
+
+def family_of(kind: str | None, place: Path) -> type[Family]:
+    """The family of the LLM in `place` whose `model_type` is `kind`; BadInputError as in `find_family`."""
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return Family
     raise BadInputError(
-        f"{folder} holds a model of the kind {kind!r} (model_type in its config.json), which cannot tell a story here: "
+        f"{place} holds a model of the kind {kind!r} (its model_type), which cannot tell a story here: "
         "give a text-only causal LM of transformers (llama, qwen2, mistral and so on) or one that sees, which can be "
         f"{', '.join(FAMILIES)}."
     )

@@ -1,6 +1,6 @@
 """Runs in ComfyUI's own Python, from its folder: our loaders' objects, computed with and written out as numbers.
 
-python inside.py PACK OUT.safetensors models|adapter|flow IN.safetensors
+python inside.py PACK OUT.safetensors models|adapter|packed|flow IN.safetensors
 """
 
 import asyncio
@@ -75,6 +75,19 @@ def adapter(nodes, given):
 
 
 @torch.no_grad()
+def packed(nodes, given):
+    """The logits of the LLM in 4 bits: plain, with the adapter, and plain again."""
+    (llm,) = run(nodes["MiniGPT5LoadLLM"], "SmolLM2-135M-Instruct", "4bit", 8)
+    (adapted,) = run(nodes["MiniGPT5LoadAdapter"], llm, "storybook", 1.0)
+    results = {}
+    for name, loaded in (("plain", llm), ("adapted", adapted), ("again", llm)):
+        management.load_models_gpu(loaded.patchers, force_full_load=True)
+        frozen = loaded.frozen
+        results[name] = frozen.logits(frozen.read(frozen.embed(given["ids"])).last_hidden_state)
+    return results
+
+
+@torch.no_grad()
 def flow(nodes, given_values):
     """Latents that KSampler draws from vokens with transformer.safetensors and mapper.safetensors beside the input.
 
@@ -107,5 +120,6 @@ def flow(nodes, given_values):
 
 
 if __name__ == "__main__":
-    values = {"models": models, "adapter": adapter, "flow": flow}[job](load_pack(), load_file(given))
+    jobs = {"models": models, "adapter": adapter, "packed": packed, "flow": flow}
+    values = jobs[job](load_pack(), load_file(given))
     save_file({name: value.float().contiguous() for name, value in values.items()}, out)
