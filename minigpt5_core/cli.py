@@ -87,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts.add_argument("--image-adapter", type=Path, metavar="FILE", help="eyes for the language model")
     parts.add_argument("--device", help="where to compute, such as cpu or cuda")
+    parts.add_argument(
+        "--diffusion-precision",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="how the diffusion model is held: bf16 halves its memory (default: %(default)s)",
+    )
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument("--steps", type=int, help="diffusion steps a picture")
     drawing.add_argument("--guidance", type=float, help="how strongly a picture follows the story")
@@ -136,8 +142,8 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
     _hush_libraries()
     from .pipeline import Parts, load
 
-    parts = Parts(given.llm, given.adapter, given.mapper, given.diffusion, given.device, given.image_adapter)
-    return load(parts, bars)
+    chosen = given.llm, given.adapter, given.mapper, given.diffusion, given.device, given.image_adapter
+    return load(Parts(*chosen, given.diffusion_precision), bars)
 
 
 def _hush_libraries() -> None:

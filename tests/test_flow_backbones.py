@@ -117,7 +117,7 @@ MAKERS = {"sd3": sd3, "flux": flux, "schnell": lambda: flux(guided=False)}
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
     """Flux has the size of its pictures nowhere but in its pipeline's code."""
-    monkeypatch.setattr(Flux, "side", 16)
+    monkeypatch.setattr(Flux, "own_side", 16)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,8 @@ def loaded(monkeypatch):
     """The backbones that a training loads, each with its weights as they were."""
     found = []
 
-    def load(folder):
-        backbone = load_backbone(folder)
+    def load(*given):
+        backbone = load_backbone(*given)
         parts = [part for part in backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         found.append((parts, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]))
         return backbone
