@@ -49,7 +49,7 @@ class EvaluateRecipe:
     than the main parts. There the LLM writes the texts itself, of at most `max_new_tokens`, unless `write` is false;
     `scores` says with which weights what comes out is measured.
 
-    `diffusion_precision` and `picture_size` (pixels, 0: the diffusion model's own) are as in training.
+    `diffusion_precision` and, on `data`, `picture_size` (pixels, 0: the diffusion model's own) are as in training.
 
     Settings are chosen on the `split` "validation": stories that no training draws, and captions, without held-out
     combinations.
@@ -85,6 +85,11 @@ class EvaluateRecipe:
         if self.diffusion_precision not in PRECISIONS:
             raise BadInputError(
                 f"diffusion_precision is {self.diffusion_precision!r}; it can be {' or '.join(PRECISIONS)}."
+            )
+        if self.picture_size and not self.data:
+            raise BadInputError(
+                f"picture_size is {self.picture_size}, but data is not set: the storybook's pictures are measured by a "
+                "scorer of their own size. Leave picture_size out, or set data."
             )
         if self.split not in ("test", "validation"):
             raise BadInputError(f"split is {self.split!r}; it can be test or validation.")
