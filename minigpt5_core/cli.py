@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parts.add_argument("--image-adapter", type=Path, metavar="FILE", help="eyes for the language model")
     parts.add_argument("--device", help="where to compute, such as cpu or cuda")
+    parts.add_argument(
+        "--diffusion-precision",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="how the diffusion model is held: bf16 halves its memory (default: %(default)s)",
+    )
     ways = parser.add_argument_group("wording and drawing")
     ways.add_argument(
         "--preset",
@@ -166,7 +172,7 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
 
     parts = Parts(
         given.llm, given.adapter, given.mapper, given.diffusion, given.device, given.image_adapter,
-        given.llm_precision,
+        given.llm_precision, given.diffusion_precision,
     )  # fmt: skip
     return load(parts, bars)
 

@@ -49,6 +49,10 @@ class Conditioning:
     tokens: torch.Tensor
     pooled: torch.Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> Conditioning:
+        """The same in another precision."""
+        return Conditioning(self.tokens.to(dtype), None if self.pooled is None else self.pooled.to(dtype))
+
 
 def check_space(found: Space, expected: Space) -> None:
     """Raises BadInputError naming both sides when conditioning of `found` cannot feed a model of `expected`.

@@ -33,6 +33,8 @@ from .storybook import STORYBOOK, unknown_words
 from .vision import picture_tensor
 from .weights import IMAGE_ADAPTER, MapperHeader, hash_weights, load_mapper
 
+DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+
 log = logging.getLogger("minigpt5")
 
 OnProgress = Callable[[str, int, int], None]
@@ -43,6 +45,7 @@ class Parts:
     """What a story is told with; None stands for the storybook's own part. Its eyes go with its own adapter only.
 
     `llm` is a Hugging Face folder or a GGUF file, `llm_precision` one of `precision.PRECISIONS`.
+    `diffusion_precision`, "float32" or "bf16", is how the diffusion model is held and draws; half the memory in bf16.
     """
 
     llm: Path | None = None
@@ -52,6 +55,7 @@ class Parts:
     device: str | None = None
     image_adapter: Path | None = None
     llm_precision: str = "float32"
+    diffusion_precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class StoryTeller:
             return tensors
 
         return self.diffusion(
-            **prompt_arguments(positive, negative),
+            **prompt_arguments(positive, negative, self.diffusion.dtype),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=seeded_generator(seed),
@@ -165,8 +169,11 @@ class StoryTeller:
         ).images[0]
 
 
-def prompt_arguments(positive: Conditioning, negative: Conditioning) -> dict[str, torch.Tensor]:
-    """What a diffusers pipeline takes in place of a prompt."""
+def prompt_arguments(
+    positive: Conditioning, negative: Conditioning, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """What a diffusers pipeline of that precision takes in place of a prompt."""
+    positive, negative = positive.to(dtype), negative.to(dtype)
     arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
     if positive.pooled is not None and negative.pooled is not None:
         arguments |= {
@@ -194,7 +201,7 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     spare = STORYBOOK / "LLM" / IMAGE_ADAPTER if parts.adapter is None else None
     llm = load_sight(llm, llm_folder, spare, parts.image_adapter)
     tick("loading", 3, 4)
-    diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device)
+    diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device, parts.diffusion_precision)
     check_diffusion(diffusion, header, mapper_file)
     tick("loading", 4, 4)
     return StoryTeller(llm, mapper.to(device), diffusion, parts.diffusion is None, on_progress)
@@ -222,19 +229,23 @@ def check_device(name: str) -> None:
         raise BadInputError(f"--device is {name!r}, which torch cannot compute on: {why} {cure}") from error
 
 
-def load_diffusion(folder: Path, device: str = "cpu") -> DiffusionPipeline:
-    """A diffusers folder or a name on the Hub (`find_diffusion`), in float32.
+def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32") -> DiffusionPipeline:
+    """A diffusers folder or a name on the Hub (`find_diffusion`), in float32 or bf16 whatever its files hold.
 
-    BadInputError when there is none, or not of whole safetensors files.
+    BadInputError when there is none, or not of whole safetensors files, or for another precision.
 
     Text encoders that were left out of it are None: a mapper answers in their place.
     """
+    if precision not in DIFFUSION_PRECISIONS:
+        raise BadInputError(
+            f"diffusion_precision is {precision!r}; it can be {' or '.join(DIFFUSION_PRECISIONS)}."
+        )
     folder = find_diffusion(folder)
     cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
     with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=torch.float32,
+            torch_dtype=DIFFUSION_PRECISIONS[precision],
             local_files_only=True,
             use_safetensors=True,
             **_left_out(folder),

@@ -3,27 +3,23 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMPipeline,
     EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
 )
 from PIL import ImageChops
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from minigpt5_core import conditioning
-from minigpt5_core.conditioning import Conditioning, Space
+from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import diffusion_loss
 from minigpt5_core.weights import load_mapper
+from tests.toy_diffusion import SPACES, XL_POOLED, XL_WIDTHS, save
 from trainer import align
 from trainer.align import AlignRecipe, train_align
 from trainer.backbone import Backbone, Targets, load_backbone
@@ -34,47 +30,18 @@ from trainer.finetune import FinetuneRecipe, train_finetune
 from trainer.storybook.diffusion import encode_texts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
-WIDTHS, POOLED = (16, 24), 20
-
-
-def text_encoder(tokenizer, width):
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=POOLED,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return CLIPTextModelWithProjection(config)
 
 
 @pytest.fixture(scope="module")
 def xl_folder(tmp_path_factory):
-    """SDXL's own classes: two tokenizers, two text encoders, a UNet that wants a pooled text and sizes."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 32), layers_per_block=1, cross_attention_dim=sum(WIDTHS),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4, addition_embed_type="text_time",
-        addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + POOLED, norm_num_groups=8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
-    )  # fmt: skip
-    first, second = (text_encoder(tokenizer, width) for width in WIDTHS)
-    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    pipeline = StableDiffusionXLPipeline(
-        vae, first.text_model, second, tokenizer, tokenizer, unet, scheduler, add_watermarker=False
-    )
     folder = tmp_path_factory.mktemp("xl")
-    pipeline.save_pretrained(folder)
+    save("sdxl", folder)
     return folder
 
 
 @pytest.fixture
 def toy_space(monkeypatch):
-    monkeypatch.setitem(conditioning.SPACES, "toy_xl", Space("toy_xl", 77, sum(WIDTHS), POOLED))
+    monkeypatch.setitem(conditioning.SPACES, "toy_xl", SPACES["sdxl"])
     return "toy_xl"
 
 
@@ -95,10 +62,10 @@ def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_pat
         FinetuneRecipe(**named, steps=2, batch=1, image_from=0.0), tmp_path / "told", tmp_path / "align"
     )
     one, other = (load_file(tmp_path / run / "mapper.safetensors") for run in ("align", "told"))
-    assert one["pooled_head.weight"].shape[0] == POOLED
+    assert one["pooled_head.weight"].shape[0] == XL_POOLED
     assert not torch.equal(one["pooled_head.weight"], other["pooled_head.weight"])
     mapper, header = load_mapper(tmp_path / "told" / "mapper.safetensors")
-    assert mapper(torch.zeros(1, 8, header.llm_width)).pooled.shape == (1, POOLED)
+    assert mapper(torch.zeros(1, 8, header.llm_width)).pooled.shape == (1, XL_POOLED)
 
 
 @pytest.mark.slow
@@ -123,7 +90,7 @@ def test_the_backbone_answers_what_its_pipeline_would_ask(xl_folder, tiny_diffus
     assert torch.equal(answer.tokens, encode_texts(plain.pipeline, ["a fox", ""])) and answer.pooled is None
     large = load_backbone(xl_folder)
     answer = large.encode(["a fox", ""])
-    assert answer.tokens.shape == (2, 77, sum(WIDTHS)) and answer.pooled.shape == (2, POOLED)
+    assert answer.tokens.shape == (2, 77, sum(XL_WIDTHS)) and answer.pooled.shape == (2, XL_POOLED)
     ids = large.pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
     both = [part(ids, output_hidden_states=True).hidden_states[-2] for part in
             (large.pipeline.text_encoder, large.pipeline.text_encoder_2)]  # fmt: skip
@@ -167,7 +134,7 @@ def of_sd(check):
 def test_models_of_sds_kind_train_and_stay_as_they_were(recipe, predicting, kind, tmp_path, monkeypatch):
     found = []
     monkeypatch.setattr(
-        align, "load_backbone", lambda folder: found.append(load_backbone(folder)) or found[0]
+        align, "load_backbone", lambda *given: found.append(load_backbone(*given)) or found[0]
     )
     folder = predicting(kind)
     train_align(replace(recipe, diffusion=str(folder), space="storybook", steps=2), tmp_path / "align")

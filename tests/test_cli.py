@@ -29,6 +29,7 @@ class Parts:
     device: str | None = None
     image_adapter: Path | None = None
     llm_precision: str = "float32"
+    diffusion_precision: str = "float32"
 
 
 @dataclass
@@ -143,8 +144,9 @@ def test_a_story_goes_on_elsewhere_and_the_first_stays() -> None:
 
 def test_parts_and_settings_reach_the_pipeline(pipeline: Pipeline) -> None:
     arguments = "--llm L --adapter A --mapper M --diffusion D --device cpu --steps 5 --guidance 2.5"
-    main(["Mia", "--scenes", "1", *arguments.split()])
-    assert pipeline.tellers[0].parts == Parts(Path("L"), Path("A"), Path("M"), Path("D"), "cpu")
+    main(["Mia", "--scenes", "1", *arguments.split(), "--diffusion-precision", "bf16"])
+    parts = Parts(Path("L"), Path("A"), Path("M"), Path("D"), "cpu", diffusion_precision="bf16")
+    assert pipeline.tellers[0].parts == parts
     assert pipeline.tellers[0].settings == {
         "steps": 5, "guidance": 2.5, "pictures": (), "preset": PRESETS["default"]
     }  # fmt: skip

@@ -4,40 +4,23 @@ import json
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 from minigpt5_core import conditioning
-from minigpt5_core.conditioning import Space
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import flow_loss
 from minigpt5_core.mapper import build_mapper, compact_config
 from minigpt5_core.pipeline import StoryTeller, load_diffusion, prompt_arguments, space_of
 from minigpt5_core.story import Story
 from minigpt5_core.weights import load_mapper
+from tests import toy_diffusion
+from tests.toy_diffusion import WIDTH, save
 from trainer import align
 from trainer.align import AlignRecipe, train_align
 from trainer.backbone import Backbone, Targets, load_backbone
@@ -48,85 +31,21 @@ from trainer.finetune import FinetuneRecipe, train_finetune
 from trainer.stage import new_mapper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
-WIDTH = 48  # of T5
-CLIPS = ((16, 12), (24, 10))  # widths of their tokens and of their pooled vectors
-SPACES = {"sd3": Space("toy_sd3", 154, WIDTH, 22), "flux": Space("toy_flux", 256, WIDTH, 24)}
-
-
-def clip(tokenizer, width, pooled, kind=CLIPTextModelWithProjection):
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, projection_dim=pooled,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=77, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return kind(config)
-
-
-def t5():
-    """A T5 that reads letters, and its tokenizer."""
-    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz.,▁"]
-    tokenizer = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters], extra_ids=0)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )  # fmt: skip
-    return T5EncoderModel(config), tokenizer
-
-
-def autoencoder(scale, shift):
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1, latent_channels=16, use_quant_conv=False,
-        use_post_quant_conv=False, scaling_factor=scale, shift_factor=shift,
-    )  # fmt: skip
-
-
-def sd3():
-    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
-    first, second = (clip(tokenizer, *sizes) for sizes in CLIPS)
-    transformer = SD3Transformer2DModel(
-        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16,
-        joint_attention_dim=WIDTH, pooled_projection_dim=22, pos_embed_max_size=8,
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    third, letters = t5()
-    vae = autoencoder(1.5305, 0.0609)
-    return StableDiffusion3Pipeline(
-        transformer, scheduler, vae, first, tokenizer, second, tokenizer, third, letters
-    )
-
-
-def flux(guided=True):
-    tokenizer = CLIPTokenizer.from_pretrained(STORYBOOK / "tokenizer")
-    transformer = FluxTransformer2DModel(
-        num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH,
-        pooled_projection_dim=24, guidance_embeds=guided, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-    reader, letters = t5()
-    first = clip(tokenizer, 24, 10, CLIPTextModel)
-    return FluxPipeline(
-        scheduler, autoencoder(0.3611, 0.1159), first, tokenizer, reader, letters, transformer
-    )
-
-
-MAKERS = {"sd3": sd3, "flux": flux, "schnell": lambda: flux(guided=False)}
+SPACES = {name: toy_diffusion.SPACES[name] for name in ("sd3", "flux")}
 
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
     """Flux has the size of its pictures nowhere but in its pipeline's code."""
-    monkeypatch.setattr(Flux, "side", 16)
+    monkeypatch.setattr(Flux, "own_side", 16)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = {}
-    for name, make in MAKERS.items():
-        torch.manual_seed(0)
+    for name in ("sd3", "flux", "schnell"):
         made[name] = tmp_path_factory.mktemp(name)
-        make().save_pretrained(made[name])
+        save(name, made[name])
     return made
 
 
@@ -162,8 +81,8 @@ def loaded(monkeypatch):
     """The backbones that a training loads, each with its weights as they were."""
     found = []
 
-    def load(folder):
-        backbone = load_backbone(folder)
+    def load(*given):
+        backbone = load_backbone(*given)
         parts = [part for part in backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         found.append((parts, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]))
         return backbone

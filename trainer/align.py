@@ -132,7 +132,8 @@ def train_align(
         parameter.requires_grad_("trainable_tokens" in name)
     if run.shards:
         shard(llm, adapted, run.accelerator)
-    backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
+    backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)
+    backbone.to(run.accelerator.device)
     save_memory(recipe, adapted, backbone)
     features = use_cache(recipe, backbone, llm)
     tasks = recipe.task_list("caption")

@@ -18,9 +18,10 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling
 from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
-from minigpt5_core.pipeline import STORYBOOK, Parts, StoryTeller, load
+from minigpt5_core.pipeline import DIFFUSION_PRECISIONS, STORYBOOK, Parts, StoryTeller, load
 from minigpt5_core.weights import hash_weights, load_mapper
 
+from .backbone import check_picture_size
 from .evaluate_data import chapters, held_records, score_systems, systems, true_pictures
 from .explain import fingerprint as data_fingerprint
 from .gallery import Gallery, draw_missing, fingerprint, write_stories
@@ -48,6 +49,8 @@ class EvaluateRecipe:
     than the main parts. There the LLM writes the texts itself, of at most `max_new_tokens`, unless `write` is false;
     `scores` says with which weights what comes out is measured.
 
+    `diffusion_precision` and, on `data`, `picture_size` (pixels, 0: the diffusion model's own) are as in training.
+
     Settings are chosen on the `split` "validation": stories that no training draws, and captions, without held-out
     combinations.
     """
@@ -73,10 +76,21 @@ class EvaluateRecipe:
     write: bool = True
     max_new_tokens: int = 60
     scores: ScoresRecipe = ScoresRecipe()
+    diffusion_precision: str = "float32"
+    picture_size: int = 0
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.rows if name not in ROWS]:
             raise BadInputError(f"rows: unknown {', '.join(unknown)}. Known: {', '.join(ROWS)}.")
+        if self.diffusion_precision not in DIFFUSION_PRECISIONS:
+            raise BadInputError(
+                f"diffusion_precision is {self.diffusion_precision!r}; it can be {' or '.join(DIFFUSION_PRECISIONS)}."
+            )
+        if self.picture_size and not self.data:
+            raise BadInputError(
+                f"picture_size is {self.picture_size}, but data is not set: the storybook's pictures are measured by a "
+                "scorer of their own size. Leave picture_size out, or set data."
+            )
         if self.split not in ("test", "validation"):
             raise BadInputError(f"split is {self.split!r}; it can be test or validation.")
         for name in ("stories", "steps", "captions"):
@@ -155,19 +169,22 @@ def single_captions(recipe: EvaluateRecipe) -> list[list[TrueScene]]:
 
 
 def _load(recipe: EvaluateRecipe) -> StoryTeller:
-    return load(
+    teller = load(
         Parts(
             _path(recipe.llm),
             _path(recipe.adapter),
             _path(recipe.mapper),
             _path(recipe.diffusion),
             image_adapter=_path(recipe.image_adapter),
+            diffusion_precision=recipe.diffusion_precision,
         )
     )
+    check_picture_size(teller.diffusion, recipe.picture_size)
+    return teller
 
 
 def _drawing(recipe: EvaluateRecipe) -> Drawing:
-    return Drawing(recipe.steps, recipe.guidance)
+    return Drawing(recipe.steps, recipe.guidance, recipe.picture_size)
 
 
 def _path(value: str) -> Path | None:
@@ -212,7 +229,10 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
 
 def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> Gallery:
     """Where a row's pictures lie; what they were drawn with are all parts, and the row's own."""
-    told = ("seed", "split", "steps", "guidance", "feed_back", "data", "format", "write", "max_new_tokens")
+    told = (
+        "seed", "split", "steps", "guidance", "feed_back", "data", "format", "write", "max_new_tokens",
+        "diffusion_precision", "picture_size",
+    )  # fmt: skip
     settings = {key: getattr(recipe, key) for key in told}
     parts = [
         _path(recipe.mapper) or STORYBOOK / "voken_mappers",

@@ -169,7 +169,8 @@ def train_finetune(
     adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
     if run.shards:
         shard(llm, adapted, run.accelerator)
-    backbone = load_backbone(Path(recipe.diffusion)).to(run.accelerator.device)
+    backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)
+    backbone.to(run.accelerator.device)
     save_memory(recipe, adapted, backbone)
     features = use_cache(recipe, backbone, llm)
     source = examples_of(recipe, llm, features)

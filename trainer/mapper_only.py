@@ -111,7 +111,8 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
     llm = load_adapter(llm, start_from / "adapter")
     if recipe.image_adapter:
         load_sight(llm, folder, chosen=Path(recipe.image_adapter))
-    backbone = load_backbone(Path(recipe.diffusion)).to(device)
+    backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)
+    backbone.to(device)
     targets = Targets(backbone, list(caption_states(1000, recipe.seed)))
     mapper = new_mapper(recipe, llm, targets) if recipe.fresh else earlier_mapper(recipe, llm, start_from)
     scale_to(mapper, targets)  # the earlier run may have listened to another text encoder

@@ -22,7 +22,7 @@ from minigpt5_core.mapper import (
     connector_config,
     reference_config,
 )
-from minigpt5_core.pipeline import space_of
+from minigpt5_core.pipeline import DIFFUSION_PRECISIONS, space_of
 from minigpt5_core.precision import holding
 from minigpt5_core.weights import load_mapper
 
@@ -43,6 +43,7 @@ class StageRecipe:
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
     `tokens` is how many the mapper answers with; caption alignment needs the text encoder's own number.
     `min_snr_gamma` is for models that predict noise or velocity at a timestep; SD3 and Flux are weighed by their draw.
+    `picture_size` is the side of the pictures it is trained with and of previews, in pixels (0: the model's own).
     `image_from` is the share of the steps after which the diffusion loss joins in.
 
     `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
@@ -52,7 +53,8 @@ class StageRecipe:
     `batch` counts the examples of a step over all processes; each process takes its share in `accumulation` parts,
     one after the other. The gradient is the same however it is split. `precision` is "float32" or "bf16" (autocast);
     `llm_precision` how the frozen LLM is held: "float32", "bf16", or "4bit" (NF4); `shard_llm` spreads its layers over
-    the processes. "4bit" and the `optimizer` "adamw8bit" need bitsandbytes. `ema_decay` above 0 averages what is
+    the processes; `diffusion_precision` how the frozen diffusion model is, "float32" or "bf16", the losses being in
+    float32 all the same. "4bit" and the `optimizer` "adamw8bit" need bitsandbytes. `ema_decay` above 0 averages what is
     trained over the steps, and the average is the result.
 
     Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
@@ -70,6 +72,7 @@ class StageRecipe:
     accumulation: int = 1
     precision: str = "float32"
     llm_precision: str = "float32"
+    diffusion_precision: str = "float32"
     shard_llm: bool = False
     optimizer: str = "adamw"
     gradient_checkpointing: bool = False
@@ -83,6 +86,7 @@ class StageRecipe:
     caption_weight: float = 0.1
     caption_target: str = "standardised"
     image_from: float = 0.5
+    picture_size: int = 0
     min_snr_gamma: float = 5.0
     dropout: float = 0.1
     data: str = ""
@@ -100,6 +104,7 @@ class StageRecipe:
             "caption_target": ("standardised", "raw"),
             "precision": ("float32", "bf16"),
             "llm_precision": ("float32", "bf16", "4bit"),
+            "diffusion_precision": tuple(DIFFUSION_PRECISIONS),
             "optimizer": ("adamw", "adamw8bit"),
         }
         for name, values in known.items():
@@ -184,7 +189,7 @@ def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
 
 
 def picture_latents(backbone: Backbone, shows: Sequence[Shown]) -> Tensor:
-    """Scaled latents of what is to be shown, at the size the diffusion model was trained on, (B, C, h, w)."""
+    """Scaled latents of what is to be shown, at the size the diffusion model is trained with, (B, C, h, w)."""
     lacking = [one for one in shows if one.latents is None]
     fresh: Iterator[Tensor] = iter(())
     if lacking:

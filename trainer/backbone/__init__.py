@@ -19,10 +19,11 @@ from minigpt5_core.pipeline import load_diffusion
 
 from .base import Backbone, Features
 from .flow import Flux, Sd3
+from .sizes import check_picture_size
 from .targets import Targets
 from .unet import Sd, Sdxl
 
-__all__ = ["FAMILIES", "Backbone", "Features", "Targets", "load_backbone"]
+__all__ = ["FAMILIES", "Backbone", "Features", "Targets", "check_picture_size", "load_backbone"]
 
 FAMILIES: dict[type, type[Backbone]] = {
     StableDiffusionPipeline: Sd,
@@ -32,9 +33,12 @@ FAMILIES: dict[type, type[Backbone]] = {
 }
 
 
-def load_backbone(folder: Path) -> Backbone:
-    """The model of a diffusers folder, frozen; BadInputError when there is none, or one of another kind."""
-    pipeline = load_diffusion(folder)
+def load_backbone(folder: Path, precision: str = "float32", picture_size: int = 0) -> Backbone:
+    """The model of a diffusers folder, frozen, in "float32" or "bf16", for pictures of a size (0: its own).
+
+    BadInputError when there is none, or one of another kind, or it cannot take pictures of that size.
+    """
+    pipeline = load_diffusion(folder, precision=precision)
     family = next((FAMILIES[kind] for kind in FAMILIES if isinstance(pipeline, kind)), None)
     if family is None:
         raise BadInputError(
@@ -45,4 +49,4 @@ def load_backbone(folder: Path) -> Backbone:
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
     pipeline.vae.enable_slicing()  # a batch of large pictures at once would need more than training does
-    return family(pipeline)
+    return family(pipeline, picture_size)

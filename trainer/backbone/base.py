@@ -14,6 +14,7 @@ from minigpt5_core.pipeline import prompt_arguments
 
 from ..data.records import Picture
 from ..storybook.autoencoder import encode_pictures
+from .sizes import check_picture_size
 
 
 class Features(Protocol):
@@ -25,7 +26,10 @@ class Features(Protocol):
 
 
 class Backbone:
-    """A frozen pipeline; everything in float32, on the pipeline's device. `features` are asked before it answers.
+    """A frozen pipeline, on its device and in its precision, float32 or bf16; losses are in float32 all the same.
+
+    `features` are asked before it answers. `picture_size` is that of the pictures it is trained with, in pixels (0: its
+    own); BadInputError for one that it cannot take.
 
     `needed` are the text encoders without which there is no answer. `pools`: whether they give a pooled vector too.
     `guidance` is that of previews. `joined` tells what answers follow from besides text encoders and token ids, where
@@ -37,13 +41,14 @@ class Backbone:
     guidance = 3.0
     joined = ""
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, picture_size: int = 0) -> None:
         if lacking := [name for name in self.needed if getattr(pipeline, name) is None]:
             raise BadInputError(
                 f"The diffusion model comes without its {' and '.join(lacking)}, whose answers a mapper learns. Give "
                 "the whole folder."
             )
-        self.pipeline = pipeline
+        check_picture_size(pipeline, picture_size)
+        self.pipeline, self.picture_size = pipeline, picture_size
         self.features: Features | None = None
 
     @property
@@ -53,6 +58,11 @@ class Backbone:
 
     @property
     def side(self) -> int:
+        """Of the pictures it is shown and draws, in pixels."""
+        return self.picture_size or self.own_side
+
+    @property
+    def own_side(self) -> int:
         """Of the pictures it was trained on, in pixels."""
         return self.network.config.sample_size * self.pipeline.vae_scale_factor
 
@@ -69,7 +79,10 @@ class Backbone:
         return [padded_ids(one, text, one.model_max_length) for one in _parts(self.pipeline, "tokenizer")]
 
     def encode(self, texts: Sequence[str]) -> Conditioning:
-        """What its own text encoders answer: tokens (B, T, C), and where the family has one pooled (B, P)."""
+        """What its own text encoders answer: tokens (B, T, C), and where the family has one pooled (B, P).
+
+        In the pipeline's precision.
+        """
         if self.features is None:
             return self._encode(texts)
         kept = {text: self.features.target(text) for text in dict.fromkeys(texts)}
@@ -90,7 +103,10 @@ class Backbone:
 
     @torch.no_grad()
     def latents(self, pictures: list[Image.Image]) -> Tensor:
-        """Latents (B, C, h, w), shifted and scaled as the family's VAE says, of pictures of `side` pixels."""
+        """Latents (B, C, h, w), shifted and scaled as the family's VAE says, of pictures of `side` pixels.
+
+        In float32, in whatever precision the VAE is.
+        """
         with torch.autocast(self.pipeline.device.type, enabled=False):
             return encode_pictures(self.pipeline.vae, pictures)
 
@@ -113,7 +129,7 @@ class Backbone:
         generator = torch.Generator().manual_seed(seed)
         return [
             self.pipeline(
-                **prompt_arguments(_batch_of_one(positive, index), negative),
+                **prompt_arguments(_batch_of_one(positive, index), negative, self.network.dtype),
                 height=self.side,
                 width=self.side,
                 num_inference_steps=15,

@@ -48,10 +48,11 @@ class Flow(Backbone):
     ) -> Tensor:
         share = times[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
-        return flow_loss(self.predict(noisy, times, answer), latents, noise)
+        dtype = self.network.dtype
+        return flow_loss(self.predict(noisy.to(dtype), times, answer.to(dtype)), latents, noise)
 
     def predict(self, noisy: Tensor, sigma: Tensor, answer: Conditioning) -> Tensor:
-        """The velocity at noisy latents (B, C, h, w), of the same shape."""
+        """The velocity at noisy latents (B, C, h, w), of the same shape; both and `answer` in the model's precision."""
         raise NotImplementedError
 
 
@@ -65,8 +66,8 @@ class Sd3(Flow):
     t5_tokens = SPACES["sd3"].tokens - 77
     guidance = 4.5
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        super().__init__(pipeline)
+    def __init__(self, pipeline: DiffusionPipeline, picture_size: int = 0) -> None:
+        super().__init__(pipeline, picture_size)
         self.joined = f"{77 + self.t5_tokens} x {self.network.config.joint_attention_dim}"
 
     def token_ids(self, text: str) -> list[list[int]]:
@@ -99,7 +100,7 @@ class Flux(Flow):
     guidance = 3.5
 
     @property
-    def side(self) -> int:
+    def own_side(self) -> int:
         """Of the pictures it draws where nothing else is said; its configuration has no size."""
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 

@@ -20,8 +20,8 @@ class Sd(Backbone):
     needed: tuple[str, ...] = ("text_encoder",)
     pools = False
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        super().__init__(pipeline)
+    def __init__(self, pipeline: DiffusionPipeline, picture_size: int = 0) -> None:
+        super().__init__(pipeline, picture_size)
         pipeline.safety_checker = None  # not asked in training, and larger than SD 1.5's text encoder
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
         kind = self.noise.config.prediction_type
@@ -46,8 +46,10 @@ class Sd(Backbone):
     def loss(
         self, answer: Conditioning, latents: Tensor, noise: Tensor, times: Tensor, gamma: float
     ) -> Tensor:
-        noisy = self.noise.add_noise(latents, noise, times)
-        predicted = self.network(noisy, times, answer.tokens, **self.besides(answer)).sample
+        dtype = self.network.dtype
+        given = answer.to(dtype)
+        noisy = self.noise.add_noise(latents, noise, times).to(dtype)
+        predicted = self.network(noisy, times, given.tokens, **self.besides(given)).sample
         target = self.noise.get_velocity(latents, noise, times) if self.velocity else noise
         snr = compute_snr(self.noise.alphas_cumprod, times)
         return diffusion_loss(predicted, target, snr, gamma, self.velocity)
@@ -68,8 +70,10 @@ class Sdxl(Sd):
         return Conditioning(found[0], found[2])
 
     def besides(self, answer: Conditioning) -> dict[str, Any]:
-        # as a picture that was neither scaled nor cropped: original size, corner, size
-        sizes = answer.tokens.new_tensor([[self.side, self.side, 0, 0, self.side, self.side]])
+        # as a picture that was neither scaled nor cropped: original size, corner, size; bf16 would round some
+        sizes = answer.tokens.new_tensor(
+            [[self.side, self.side, 0, 0, self.side, self.side]], dtype=torch.float32
+        )
         return {
             "added_cond_kwargs": {
                 "text_embeds": answer.pooled,

@@ -5,8 +5,8 @@
 A key stands for everything that a value follows from: the model's weights and settings, what is done to the picture
 before, and the picture file's bytes or the caption's tokens. So a changed picture or another model finds nothing,
 never a stale value, and two equal pictures share one. Values are what training itself would compute: scaled latents
-(of an AutoencoderKL's posterior, the mode), image tokens, text encoder's answers, each in its model's own precision,
-float32 as `load_backbone` and `load_llm` load, so that losses stay the same. They are computed one by one, and so
+(of an AutoencoderKL's posterior, the mode), image tokens, text encoder's answers, each as its model gives it, in the
+precision it is loaded in, so that losses stay the same. They are computed one by one, and so
 follow from nothing but what the key stands for; in a batch of another size, a latent moves by some 1e-6.
 
 Shards are safetensors files with a tensor a key; each is written whole beside its place and moved there, under a
@@ -170,7 +170,8 @@ class CachedFeatures:
             return f"cache: {self.found} values found, {self.missed} computed"
         return (
             f"cache: nothing of what was asked for is in {self.cache.folder}. It was made for other data, or for "
-            "another model: python -m trainer data cache with the --diffusion of this training."
+            "another model: python -m trainer data cache with the --diffusion, --diffusion-precision and "
+            "--picture-size of this training."
         )
 
     def latents(self, picture: Picture) -> Tensor | None:

@@ -47,13 +47,21 @@ class Built:
 
 
 def cache_features(
-    path: Path, layout: str, out: Path, diffusion: Path, llm: Path | None = None, sight: Path | None = None
+    path: Path,
+    layout: str,
+    out: Path,
+    diffusion: Path,
+    llm: Path | None = None,
+    sight: Path | None = None,
+    precision: str = "float32",
+    picture_size: int = 0,
 ) -> Built:
     """Caches the data set at `path` in the folder `out`, and prints a report.
 
-    Latents and targets are those of the model in `diffusion`; with the image adapter `sight` also the image tokens,
-    for the LLM in `llm` (None: the default one), which is loaded for nothing else. BadInputError for data, models or
-    a folder that cannot be used; TrainingError when a shard cannot be written.
+    Latents and targets are those of the model in `diffusion`, held in `precision`, for pictures of `picture_size`; with
+    the image adapter `sight` also the image tokens, for the LLM in `llm` (None: the default one), which is loaded for
+    nothing else. BadInputError for data, models or a folder that cannot be used; TrainingError when a shard cannot be
+    written.
     """
     read(path, layout)  # says what is wrong with the path before any model is loaded
     try:
@@ -61,7 +69,7 @@ def cache_features(
     except OSError as error:
         raise BadInputError(f"No folder can be made at {out}: {error}. Name another for --out.") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = load_backbone(diffusion).to(device)
+    backbone = load_backbone(diffusion, precision, picture_size).to(device)
     built = fill(path, layout, out, backbone, load_seeing(llm, sight, device))
     print(summary(built, path, out))
     return built

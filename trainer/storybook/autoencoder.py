@@ -59,7 +59,7 @@ def encode_pictures(vae: Any, pictures: list[Image.Image]) -> Tensor:
     """Scaled latents (B, C, h, w) of RGB pictures; of an AutoencoderKL's posterior, the mode."""
     encoded = vae.encode(to_tensor(pictures).to(vae.device, vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-    return (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+    return (latents.float() - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

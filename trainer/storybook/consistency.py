@@ -61,7 +61,7 @@ def looking_at(
         noisy = scheduler.add_noise(reference, noise, timestep.reshape(-1)[:1])
         for processor in ours:
             processor.keeping = True
-        plain(noisy.expand(len(sample), -1, -1, -1), timestep, *arguments, **keywords)
+        plain(noisy.to(sample.dtype).expand(len(sample), -1, -1, -1), timestep, *arguments, **keywords)
         for processor in ours:
             processor.keeping = False
         return plain(sample, timestep, *arguments, **keywords)

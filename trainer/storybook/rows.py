@@ -31,10 +31,11 @@ BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn, the same for all rows."""
+    """How pictures are drawn, the same for all rows. `picture_size` is in pixels (0: the model's own)."""
 
     steps: int
     guidance: float
+    picture_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def draw_conditioning(
     teller: StoryTeller, drawing: Drawing, positive: Conditioning, negative: Conditioning, seed: int
 ) -> Image.Image:
     """One picture from conditioning."""
-    return _draw(teller, drawing, seed, **prompt_arguments(positive, negative))
+    return _draw(teller, drawing, seed, **prompt_arguments(positive, negative, teller.diffusion.dtype))
 
 
 def draw_prompt(teller: StoryTeller, drawing: Drawing, prompt: str, seed: int) -> Image.Image:
@@ -175,6 +176,8 @@ def draw_prompt(teller: StoryTeller, drawing: Drawing, prompt: str, seed: int) -
 def _draw(teller: StoryTeller, drawing: Drawing, seed: int, **told: object) -> Image.Image:
     return teller.diffusion(
         **told,
+        height=drawing.picture_size or None,
+        width=drawing.picture_size or None,
         num_inference_steps=drawing.steps,
         guidance_scale=drawing.guidance,
         generator=seeded_generator(seed),
