@@ -24,7 +24,7 @@ from trainer.data.stream import Stream
 from trainer.data.tasks import Task
 from trainer.examples import RecordSource, Share, StorybookSource
 from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.mapper_only import MapperRecipe
+from trainer.mapper_only import MapperRecipe, train_mapper
 from trainer.stage import load_frozen_llm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -277,6 +277,14 @@ def test_an_llm_held_small_learns_and_is_not_changed(finetune_recipe, tmp_path, 
     assert lines[-1]["caption"] < lines[0]["caption"]
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
+    held = {name: getattr(recipe, name) for name in ("llm", "diffusion", "llm_precision")}
+    alone = MapperRecipe(
+        **held, stories=1, captions=2, steps=2, batch=2, caption_weight=1.0, image_weight=0.0
+    )
+    train_mapper(
+        alone, tmp_path / "mapper", tmp_path
+    )  # on the states of the LLM as it is held, adapter laid on
+    assert (tmp_path / "mapper" / "mapper.safetensors").is_file()
 
 
 def test_what_is_not_installed_is_named(align_recipe, tmp_path, monkeypatch):
@@ -294,7 +302,6 @@ def test_settings_that_do_nothing_are_refused(align_recipe):
     for idle in (
         {"data": "x"},
         {"gradient_checkpointing": True},
-        {"llm_precision": "4bit"},
         {"shard_llm": True},
     ):
         with pytest.raises(BadInputError, match=next(iter(idle))):

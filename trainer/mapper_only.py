@@ -59,10 +59,6 @@ class MapperRecipe(StageRecipe):
                     f"{name} is set, but a mapper by itself is trained on the storybook's world, on states that are "
                     "computed once. Leave it out, or finetune on your data."
                 )
-        if self.llm_precision == "4bit":
-            raise BadInputError(
-                "llm_precision is 4bit, onto which no adapter can be laid. Set bf16 or float32."
-            )
 
 
 @dataclass(frozen=True)
