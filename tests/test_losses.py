@@ -142,3 +142,15 @@ def test_noisy_timesteps_count_as_far_as_they_would_by_the_pictures_own_error(mo
     kept = scheduler.alphas_cumprod[times]
     weights = torch.minimum(5 * (1 - kept) / kept, torch.tensor(most))
     assert torch.allclose(found, (noise.square().mean((1, 2, 3)) * weights).mean(), rtol=1e-4)
+
+
+def test_an_offset_moves_the_noise_of_each_channel_as_a_whole():
+    """With a prediction of nothing at the weight 1 of every timestep the loss is the noise's mean square."""
+    scheduler = DDPMScheduler(beta_start=0.9, beta_end=0.99)  # noise alone, nearly from the first timestep on
+    latents, cells = torch.zeros(512, 4, 4, 4), torch.ones(512, 1, 4, 4)
+    torch.manual_seed(3)
+    plain, moved = (
+        noise_loss(_Silent(), scheduler, latents, torch.zeros(512), cells, DiffusionRecipe(noise_offset=offset))
+        for offset in (0.0, 2.0)
+    )
+    assert moved / plain == pytest.approx(1 + 2.0**2, rel=0.1)

@@ -3,7 +3,7 @@ from itertools import islice
 
 import pytest
 
-from trainer.storybook.render import render, render_with_figures
+from trainer.storybook.render import HERO_ON_LEFT, render, render_with_figures
 from trainer.storybook.stories import stories
 from trainer.storybook.world import HEROES, PLACES, PROPS, State, held_out
 
@@ -65,3 +65,16 @@ def test_figures_are_marked_where_hero_prop_and_companion_stand():
     )  # 7 x 7 cells of hero, 5 x 5 of prop, 3 x 3 of companion, less empty corners
     plain, none = render_with_figures(State("panda", "city", "day"), random.Random(4))
     assert none.sum() < cells.sum()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_in_every_place_the_hero_keeps_to_a_side_and_leaves_the_other_to_the_prop(place):
+    draws = [random.Random(seed) for seed in range(12)]
+    heroes = [render_with_figures(State("panda", place, "day"), draw)[1] for draw in draws]
+    columns = {column for cells in heroes for column in cells.any(0).nonzero()[0]}
+    assert columns <= set(range(8) if place in HERO_ON_LEFT else range(8, 16))
+    assert len({cells.tobytes() for cells in heroes}) == 2  # one cell further in, or not
+
+
+def test_half_of_the_places_have_the_hero_on_the_left():
+    assert set(HERO_ON_LEFT) < set(PLACES) and len(HERO_ON_LEFT) == len(PLACES) / 2

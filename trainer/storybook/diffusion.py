@@ -51,7 +51,9 @@ class DiffusionRecipe:
     UNet does, so that a mapper can be aligned with the text encoder meanwhile. Cells that show hero, prop or
     companion count `figure_weight` times: they are a quarter of the picture, and what is hard in it. Noisy timesteps
     count up to `layout_weight` times, as far as they would by the error of the picture itself: what stands where is
-    decided there, and the noise's own error hardly shows it. Captions that
+    decided there, and the noise's own error hardly shows it. The noise's mean is moved by a deviation of
+    `noise_offset`, so that day and night are not read off it: the last timestep's noise still holds some of the
+    picture, and pure noise holds none. Captions that
     differ in one fact are pushed apart until `margin`, in units of the spread of all captions: learned from pictures
     alone a place fills most of that spread, and two props lie closer together than a mapper can tell."""
 
@@ -65,6 +67,7 @@ class DiffusionRecipe:
     min_snr_gamma: float = 5.0
     figure_weight: float = 1.0
     layout_weight: float = 1.0
+    noise_offset: float = 0.0
     margin: float = 0.4
     margin_weight: float = 0.1
     ema_decay: float = 0.998
@@ -260,6 +263,8 @@ def noise_loss(
     """
     noise = torch.randn_like(latents)
     steps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),))
+    if recipe.noise_offset:
+        noise = noise + recipe.noise_offset * torch.randn_like(latents[:, :, :1, :1])
     predicted = unet(scheduler.add_noise(latents, noise, steps), steps, conditioning).sample
     snr = compute_snr(scheduler.alphas_cumprod, steps)
     layout = (recipe.min_snr_gamma / snr).clamp(min=1, max=max(1.0, recipe.layout_weight))
