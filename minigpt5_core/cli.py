@@ -9,6 +9,7 @@ saved). Torch and its friends are imported once the arguments are known to be go
 """
 
 import argparse
+import logging
 import math
 import sys
 import warnings
@@ -179,13 +180,14 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
 
 def _hush_libraries() -> None:
     """Leaves the terminal to our own messages: the libraries' hints are for those who program with them."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it asks for a kernel package
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore")
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def _tell_and_save(
