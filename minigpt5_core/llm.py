@@ -23,6 +23,7 @@ from .families import find_family, load_family
 from .families.base import Family, SeeingFamily
 from .prefix import Prefix
 from .qformer import QFormerEncoder, load_qformer
+from .versions import has_transformers
 from .vision import ImageEncoder, load_image_adapter
 from .vokens import PICTURE, voken_strings
 from .weights import IMAGE_ADAPTER, QFORMER, hash_weights
@@ -33,7 +34,8 @@ UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
 )  # fmt: skip
 
-
+# What from_pretrained calls the type of the weights.
+DTYPE = "dtype" if has_transformers("4.56") else "torch_dtype"
 MOST_SEEN = 256  # pictures whose image tokens are kept
 
 
@@ -174,7 +176,7 @@ def load_llm(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         small = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
         model = kind.model_class.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **small
+            folder, **{DTYPE: dtype}, local_files_only=True, use_safetensors=True, **small
         )
         if not quantization:  # which lies where it belongs, and is not to be moved
             model = model.to(device)

@@ -6,11 +6,13 @@ positions and chat template, and each is a small class here.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import BadInputError
+from ..versions import INSTALLED, UPDATE, has_transformers
 from .base import Family, SeeingFamily
 from .pictures import read_processor
 from .qwen import Qwen3VL, QwenVL
@@ -28,18 +30,38 @@ FAMILIES: dict[str, type[SeeingFamily]] = {
 
 
 def find_family(folder: Path) -> type[Family]:
-    """The family of the LLM in `folder`; BadInputError, which lists those that are known, for any other kind."""
+    """The family of the LLM in `folder`.
+
+    BadInputError, which lists those that are known, for any other kind; for one that the installed transformers is too
+    old for; and for a folder that it is too old to read.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
+    _check_version(folder, config, FAMILIES.get(kind, Family))
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return Family
     raise BadInputError(
         f"{folder} holds a model of the kind {kind!r} (model_type in its config.json), which cannot tell a story here: "
-        "give a text-only causal LM of transformers (llama, qwen2, mistral and so on) or one that sees, which can be "
-        f"{', '.join(FAMILIES)}."
+        f"give a text-only causal LM that transformers {INSTALLED} knows (llama, qwen2, mistral and so on) or one that "
+        f"sees, which can be {', '.join(FAMILIES)}."
     )
+
+
+def _check_version(folder: Path, config: dict[str, Any], family: type[Family]) -> None:
+    if not has_transformers(family.since):
+        raise BadInputError(
+            f"{folder} holds a model of the kind {config['model_type']!r}, which needs transformers {family.since} or "
+            f"later; {INSTALLED} is installed. {UPDATE}"
+        )
+    # Its rotary base has another name since transformers 5, which an older one would pass over without a word.
+    text = config.get("text_config", config)
+    if "rope_parameters" in text and "rope_theta" not in text and not has_transformers("5"):
+        raise BadInputError(
+            f"{folder} was saved by transformers 5, whose rotary positions (rope_parameters in config.json) the "
+            f"installed {INSTALLED} cannot read. {UPDATE}"
+        )
 
 
 def load_family(

@@ -31,11 +31,12 @@ class Family:
     """A text-only causal LM. Pictures reach it, if at all, as plain vectors that an image encoder of ours makes.
 
     `before` and `after` are written around a picture's tokens, `reply_end` behind a reply where the chat template
-    leaves the end mark out.
+    leaves the end mark out. `since` is the first version of transformers that has the family in the shape used here.
     """
 
     model_class: Any = AutoModelForCausalLM
     sees = False
+    since = "4.50"
     axes = 1
     before = after = reply_end = ""
 
@@ -66,6 +67,7 @@ class SeeingFamily(Family):
 
     model_class = AutoModelForImageTextToText
     sees = True
+    since = "4.56"
 
     def __init__(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, processor: dict[str, Any]
@@ -89,7 +91,7 @@ class SeeingFamily(Family):
 
     def vision(self, model: PreTrainedModel) -> nn.Module:
         """All of the model but its decoder and head, for telling by its weights whether pictures look the same."""
-        parts = model.base_model.named_children()
+        parts = model.model.named_children()
         return nn.ModuleDict({name: part for name, part in parts if part is not model.get_decoder()})
 
     def _ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:

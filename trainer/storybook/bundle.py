@@ -46,6 +46,8 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
             recipe.diffusion, torch_dtype=torch.float16, local_files_only=True
         )
         pipeline.save_pretrained(out / "diffusers")
+        # transformers 4 reads these two and not tokenizer.json
+        pipeline.tokenizer.backend_tokenizer.model.save(str(out / "diffusers" / "tokenizer"))
     if recipe.finetune:
         _write_finetuned(Path(recipe.finetune), out)
     if recipe.image_adapter:
