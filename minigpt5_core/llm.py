@@ -79,7 +79,9 @@ class FrozenLLM:
     @property
     def decoder(self) -> nn.Module:
         """The model without its head; its `last_hidden_state` is after the final norm."""
-        return self.causal_lm.get_decoder()
+        whole = self.causal_lm.base_model
+        # Some text-only kinds of transformers 4 know their decoder by this name alone, others by the other alone.
+        return self.causal_lm.get_decoder() if self.family.sees or whole is self.causal_lm else whole
 
     def begin(self, rows: int) -> DynamicCache:
         """The keys and values that `rows` stories begin with: none, or a learned prefix."""

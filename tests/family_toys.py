@@ -172,7 +172,10 @@ def image_processor(family: str, name: str, **settings: Any) -> Callable[[], Any
     return made
 
 
-FEWEST, MOST = 14 * 14, 4 * SIDE * SIDE  # pixels, which transformers 5 and those before call by different names
+FEWEST, MOST = (
+    14 * 14,
+    4 * SIDE * SIDE,
+)  # pixels, which transformers 5 and those before call by different names
 PIXELS = (
     {"size": {"shortest_edge": FEWEST, "longest_edge": MOST}}
     if has_transformers("5")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import BitsAndBytesConfig
 
+from minigpt5_core import versions
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.families import FAMILIES
+from minigpt5_core.families import FAMILIES, OLDEST, SINCE
 from minigpt5_core.families.base import Family, features, placed, stack_positions
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
@@ -58,7 +59,7 @@ def check(name: str, pictures: bool = False) -> Callable:
 
 @pytest.fixture(scope="module", params=TOYS)
 def kind(request):
-    since = FAMILIES.get(request.param, Family).since
+    since = SINCE.get(request.param, OLDEST)
     if not has_transformers(since):
         pytest.skip(f"{request.param} needs transformers {since}")
     return request.param
@@ -433,6 +434,31 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tiny_llm_folder, tmp_pat
     ) as error:
         load_llm(folder)
     assert all(kind in str(error.value) for kind in FAMILIES)
+
+
+@pytest.mark.parametrize("newer", SINCE)
+def test_a_kind_that_the_installed_transformers_is_too_old_for_is_refused(
+    newer, tiny_llm_folder, tmp_path, monkeypatch
+):
+    folder = changed_config(tiny_llm_folder, tmp_path / "llm", model_type=newer)
+    monkeypatch.setattr(versions, "INSTALLED", "4.50.3")
+    with pytest.raises(BadInputError, match=f"{newer}'.*transformers {SINCE[newer]} or later, but 4.50.3"):
+        load_llm(folder)
+
+
+@pytest.mark.parametrize("where", ["text", "whole"])
+def test_a_folder_of_transformers_5_is_not_misread_by_an_older_one(
+    where, tiny_llm_folder, tmp_path, monkeypatch
+):
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    changes = {"rope_parameters": rope} if where == "whole" else {"text_config": {"rope_parameters": rope}}
+    folder = changed_config(tiny_llm_folder, tmp_path / "llm", **changes)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_theta", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(versions, "INSTALLED", "4.57.6")
+    with pytest.raises(BadInputError, match="rope_parameters in its config.json.*transformers 5 or later"):
+        load_llm(folder)
 
 
 def test_a_folder_that_does_not_say_how_to_scale_pictures_is_refused(kind, folder, tmp_path):

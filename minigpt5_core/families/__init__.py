@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import BadInputError
-from ..versions import INSTALLED, UPDATE, has_transformers
+from ..versions import INSTALLED, check_transformers
 from .base import Family, SeeingFamily
 from .pictures import read_processor
 from .qwen import Qwen3VL, QwenVL
@@ -27,6 +27,11 @@ FAMILIES: dict[str, type[SeeingFamily]] = {
     "qwen2_5_vl": QwenVL,
     "qwen3_vl": Qwen3VL,
 }
+OLDEST = "4.50"
+# The first version of transformers with which a kind tells right, where that is later.
+SINCE = dict.fromkeys(FAMILIES, "4.56") | {
+    "qwen3_vl": "4.57", "gpt2": "4.52", "gemma2": "4.53", "gemma3_text": "4.53", "cohere2": "4.53",
+}  # fmt: skip
 
 
 def find_family(folder: Path) -> type[Family]:
@@ -37,7 +42,7 @@ def find_family(folder: Path) -> type[Family]:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
-    _check_version(folder, config, FAMILIES.get(kind, Family))
+    _check_version(folder, config)
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -49,19 +54,13 @@ def find_family(folder: Path) -> type[Family]:
     )
 
 
-def _check_version(folder: Path, config: dict[str, Any], family: type[Family]) -> None:
-    if not has_transformers(family.since):
-        raise BadInputError(
-            f"{folder} holds a model of the kind {config['model_type']!r}, which needs transformers {family.since} or "
-            f"later; {INSTALLED} is installed. {UPDATE}"
-        )
-    # Its rotary base has another name since transformers 5, which an older one would pass over without a word.
+def _check_version(folder: Path, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    check_transformers(f"{folder} holds a model of the kind {kind!r}", SINCE.get(kind, OLDEST))
+    # Transformers 5 keeps the base of rotary positions under another name, which those before pass over without a word.
     text = config.get("text_config", config)
-    if "rope_parameters" in text and "rope_theta" not in text and not has_transformers("5"):
-        raise BadInputError(
-            f"{folder} was saved by transformers 5, whose rotary positions (rope_parameters in config.json) the "
-            f"installed {INSTALLED} cannot read. {UPDATE}"
-        )
+    if "rope_parameters" in text and "rope_theta" not in text:
+        check_transformers(f"{folder} was saved with rope_parameters in its config.json", "5")
 
 
 def load_family(

@@ -31,12 +31,11 @@ class Family:
     """A text-only causal LM. Pictures reach it, if at all, as plain vectors that an image encoder of ours makes.
 
     `before` and `after` are written around a picture's tokens, `reply_end` behind a reply where the chat template
-    leaves the end mark out. `since` is the first version of transformers that has the family in the shape used here.
+    leaves the end mark out.
     """
 
     model_class: Any = AutoModelForCausalLM
     sees = False
-    since = "4.50"
     axes = 1
     before = after = reply_end = ""
 
@@ -67,7 +66,6 @@ class SeeingFamily(Family):
 
     model_class = AutoModelForImageTextToText
     sees = True
-    since = "4.56"
 
     def __init__(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, processor: dict[str, Any]

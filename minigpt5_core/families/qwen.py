@@ -85,8 +85,6 @@ class Qwen3VL(QwenVL):
     Text is padded with zeros there, which are added to it as well and change nothing.
     """
 
-    since = "4.57"
-
     def __init__(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, processor: dict[str, Any]
     ) -> None:
