@@ -4,6 +4,7 @@ The table of what passed is tests/families.md; a test holds each family's line a
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import wraps
@@ -253,6 +254,7 @@ def train_both(folder: Path, diffusion: Path, run: Path) -> FrozenLLM:
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @check("align and finetune")
 def test_both_stages_train_voken_rows_and_the_decoders_lora_alone(kind, folder, stages):
     trained, run = stages
@@ -275,6 +277,7 @@ def test_both_stages_train_voken_rows_and_the_decoders_lora_alone(kind, folder, 
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @check("adapter and folder are saved and loaded")
 @torch.no_grad()
 def test_a_saved_adapter_over_a_saved_folder_gives_what_was_trained(kind, folder, stages):
@@ -286,6 +289,7 @@ def test_a_saved_adapter_over_a_saved_folder_gives_what_was_trained(kind, folder
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @check("a story told and drawn")
 def test_a_story_is_told_and_what_was_drawn_is_shown(kind, folder, stages, tiny_diffusion_folder):
     _, run = stages
@@ -434,6 +438,14 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tiny_llm_folder, tmp_pat
     ) as error:
         load_llm(folder)
     assert all(kind in str(error.value) for kind in FAMILIES)
+
+
+def test_the_oldest_transformers_is_the_same_wherever_it_is_said():
+    root = Path(__file__).parents[1]
+    said = {"pyproject.toml": ">=", "nodes/llm.py": ">=", "constraints-oldest.txt": "=="}
+    for name, relation in said.items():
+        found = re.findall(rf"\btransformers{relation}([\d.]+)", (root / name).read_text(encoding="utf-8"))
+        assert found[0].startswith(OLDEST), name
 
 
 @pytest.mark.parametrize("newer", SINCE)
