@@ -55,7 +55,7 @@ def find_family(folder: Path) -> type[Family]:
 
 
 def _check_version(folder: Path, config: dict[str, Any]) -> None:
-    kind = config.get("model_type")
+    kind = config.get("model_type", "")
     check_transformers(f"{folder} holds a model of the kind {kind!r}", SINCE.get(kind, OLDEST))
     # Transformers 5 keeps the base of rotary positions under another name, which those before pass over without a word.
     text = config.get("text_config", config)
