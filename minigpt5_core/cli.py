@@ -180,7 +180,9 @@ def _load(given: argparse.Namespace, bars: "_Bars") -> "StoryTeller":
 
 def _hush_libraries() -> None:
     """Leaves the terminal to our own messages: the libraries' hints are for those who program with them."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it asks for a kernel package
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports it, and it asks for a kernel package
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -26,6 +26,7 @@ from .families.base import Family, SeeingFamily
 from .gguf_files import OTHER_FILE, is_whole, read_gguf
 from .prefix import Prefix
 from .qformer import QFormerEncoder, load_qformer
+from .versions import has_transformers
 from .vision import ImageEncoder, load_image_adapter
 from .vokens import PICTURE, voken_strings
 from .weights import IMAGE_ADAPTER, QFORMER, gguf_in, hash_weights
@@ -38,7 +39,8 @@ UNREADABLE = (
     struct.error,
 )  # fmt: skip
 
-
+# What from_pretrained calls the type of the weights.
+DTYPE = "dtype" if has_transformers("4.56") else "torch_dtype"
 MOST_SEEN = 256  # pictures whose image tokens are kept
 
 
@@ -84,7 +86,9 @@ class FrozenLLM:
     @property
     def decoder(self) -> nn.Module:
         """The model without its head; its `last_hidden_state` is after the final norm."""
-        return self.causal_lm.get_decoder()
+        whole = self.causal_lm.base_model
+        # Some text-only kinds of transformers 4 know their decoder by this name alone, others by the other alone.
+        return self.causal_lm.get_decoder() if self.family.sees or whole is self.causal_lm else whole
 
     def begin(self, rows: int) -> DynamicCache:
         """The keys and values that `rows` stories begin with: none, or a learned prefix."""
@@ -189,7 +193,7 @@ def load_llm(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         small = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
         model = kind.model_class.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **small
+            folder, **{DTYPE: dtype}, local_files_only=True, use_safetensors=True, **small
         )
         if quantization:  # it lies where it belongs, and is not to be moved
             keep_layout(model)

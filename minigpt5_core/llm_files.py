@@ -6,6 +6,7 @@ weights and is to meet the same bytes everywhere. (A test holds weights and toke
 """
 
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -134,6 +135,14 @@ def convert(gguf: Path, folder: Path) -> None:
         config.save_pretrained(draft)
         model.generation_config.save_pretrained(draft)
         _tokenizer(reader, config.max_position_embeddings).save_pretrained(draft)
+        # In transformers 4's words as well, which 5 reads too, whichever of them converts.
+        _amend(draft / "config.json", rope_theta=_field(reader, "llama.rope.freq_base"))
+        _amend(draft / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def _amend(file: Path, **settings: object) -> None:
+    config = json.loads(file.read_text(encoding="utf-8")) | settings
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _field(reader: "GGUFReader", key: str) -> object:

@@ -72,7 +72,7 @@ class LoadLLM(io.ComfyNode):
     def execute(cls, llm_name: str, dtype: str, vokens: int) -> io.NodeOutput:
         from transformers.utils.versions import require_version
 
-        require_version("transformers>=4.56", "Update it in ComfyUI's Python: pip install -U transformers")
+        require_version("transformers>=4.50", "Update it in ComfyUI's Python: pip install -U transformers")
 
         from ..minigpt5_core.llm import has_sight, load_llm, load_sight
         from ..minigpt5_core.llm_files import default_llm

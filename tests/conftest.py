@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import CLIPTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minigpt5_core.llm import FrozenLLM, add_vokens
 
@@ -102,6 +102,7 @@ def untied_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-to-image model of the storybook's classes, made by its trainer in two steps."""
+    from trainer.storybook import diffusion
     from trainer.storybook.autoencoder import AutoencoderRecipe
     from trainer.storybook.diffusion import (
         DiffusionRecipe,
@@ -109,12 +110,17 @@ def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_storybook_diffusion,
     )
 
+    def bundled_tokenizer() -> CLIPTokenizer:  # training one needs transformers 5
+        return CLIPTokenizer.from_pretrained(ROOT / "storybook" / "diffusers" / "tokenizer")
+
     folder = tmp_path_factory.mktemp("diffusion") / "tiny"
     recipe = StorybookDiffusionRecipe(
         AutoencoderRecipe(width=8, steps=2, batch=2),
         DiffusionRecipe(scenes=8, steps=2, batch=2, block_out_channels=(32, 32), text_layers=1),
     )
-    train_storybook_diffusion(recipe, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "build_tokenizer", bundled_tokenizer)
+        train_storybook_diffusion(recipe, folder)
     return folder
 
 

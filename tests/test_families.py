@@ -4,9 +4,9 @@ The table of what passed is tests/families.md; a test holds each family's line a
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,45 +15,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import (
-    BitsAndBytesConfig,
-    CLIPVisionConfig,
-    Idefics3Config,
-    Idefics3VisionConfig,
-    InternVLConfig,
-    InternVLVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLTextConfig,
-    Qwen2Config,
-    Qwen2VLConfig,
-    Qwen2VLTextConfig,
-    Qwen3VLConfig,
-    Qwen3VLTextConfig,
-    SmolVLMConfig,
-    SmolVLMVisionConfig,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers import BitsAndBytesConfig
 
+from minigpt5_core import versions
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.families import FAMILIES
-from minigpt5_core.families.base import Family, placed, stack_positions
+from minigpt5_core.families import FAMILIES, OLDEST, SINCE
+from minigpt5_core.families.base import Family, features, placed, stack_positions
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
 from minigpt5_core.pipeline import Parts, load
 from minigpt5_core.presets import Preset
 from minigpt5_core.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.story import Story
+from minigpt5_core.versions import has_transformers
 from minigpt5_core.vokens import gather_voken_states
+from tests.family_toys import SIDE, TOYS
 from trainer import align, loop
 from trainer.adapters import save_adapter, trainable, with_prefix
 from trainer.align import AlignRecipe, train_align
@@ -62,171 +38,6 @@ from trainer.sequences import StorySequence, story_losses, story_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = Path(__file__).with_name("families.md")
-SIDE = 28  # of a picture that needs no resampling
-
-# As the families' own: messages in parts, some of which put pictures first or end a reply by no mark.
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }} {% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-IDEFICS3_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}: "
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-TEXT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] + '\\n' + message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
-    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Toy:
-    """A family's parts: special tokens, of which the first is the image's, and how pictures are written and scaled.
-
-    One without a `processor` is a text-only LLM.
-    """
-
-    config: Callable[[PreTrainedTokenizerFast, dict[str, Any]], PretrainedConfig]
-    processor: Any
-    template: str
-    tokens: tuple[str, ...]
-    written: str  # a picture in text, * standing for its tokens
-
-
-def llava(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> LlavaConfig:
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE,
-        patch_size=14,
-    )  # fmt: skip
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**text),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-
-
-def idefics3(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Idefics3Config:
-    return _idefics3(Idefics3Config, Idefics3VisionConfig, tokenizer, text)
-
-
-def smolvlm(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> SmolVLMConfig:
-    return _idefics3(SmolVLMConfig, SmolVLMVisionConfig, tokenizer, text)
-
-
-def _idefics3(whole: type, eyes: type, tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Any:
-    vision = eyes(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
-        patch_size=7,
-    )  # fmt: skip
-    return whole(
-        vision_config=vision,
-        text_config=LlamaConfig(**text),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-
-
-def internvl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> InternVLConfig:
-    vision = InternVLVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE,
-        patch_size=7,
-    )  # fmt: skip
-    return InternVLConfig(
-        vision_config=vision,
-        text_config=Qwen2Config(**text),
-        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
-    )
-
-
-def qwen2_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Qwen2VLConfig:
-    vision = Qwen2VLVisionConfig(
-        embed_dim=16, hidden_size=32, mlp_ratio=2, depth=2, num_heads=2, patch_size=7
-    )
-    return Qwen2VLConfig(
-        vision_config=vision,
-        text_config=Qwen2VLTextConfig(**text, rope_parameters=mrope([1, 1, 2])),
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-    )
-
-
-def qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Qwen2_5_VLConfig:
-    vision = Qwen2_5_VLVisionConfig(
-        hidden_size=16, out_hidden_size=32, intermediate_size=32, depth=2, num_heads=2, patch_size=7,
-        window_size=28, fullatt_block_indexes=[1],
-    )  # fmt: skip
-    return Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config=Qwen2_5_VLTextConfig(**text, rope_parameters=mrope([1, 1, 2])),
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-    )
-
-
-def qwen3_vl(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any]) -> Qwen3VLConfig:
-    vision = Qwen3VLVisionConfig(
-        hidden_size=16, out_hidden_size=32, intermediate_size=32, depth=3, num_heads=2, patch_size=7,
-        num_position_embeddings=16, deepstack_visual_indexes=[0, 1],
-    )  # fmt: skip
-    rope = mrope([2, 1, 1]) | {"mrope_interleaved": True}
-    return Qwen3VLConfig(
-        vision_config=vision,
-        text_config=Qwen3VLTextConfig(**text, head_dim=8, rope_parameters=rope),
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-    )
-
-
-def mrope(section: list[int]) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": section}
-
-
-QWEN = {
-    "processor": Qwen2VLImageProcessorPil(
-        patch_size=7, size={"shortest_edge": 14 * 14, "longest_edge": 4 * SIDE * SIDE}
-    ),
-    "template": CHATML_TEMPLATE,
-    "tokens": ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"),
-    "written": "<|vision_start|>*<|vision_end|>",
-}
-IDEFICS3 = {
-    "processor": Idefics3ImageProcessorPil(
-        do_image_splitting=False, size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}
-    ),
-    "template": IDEFICS3_TEMPLATE,
-    "tokens": ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
-    "written": "<fake_token_around_image><global-img>*<fake_token_around_image>",
-}
-TOYS = {
-    "llama": Toy(
-        lambda tokenizer, text: LlamaConfig(**text, initializer_range=0.3), None, TEXT_TEMPLATE, (), ""
-    ),
-    "llava": Toy(
-        llava,
-        CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE),
-        LLAVA_TEMPLATE,
-        ("<image>",),
-        "*",
-    ),
-    "idefics3": Toy(idefics3, **IDEFICS3),
-    "smolvlm": Toy(smolvlm, **IDEFICS3),
-    "internvl": Toy(
-        internvl,
-        GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}),
-        CHATML_TEMPLATE,
-        ("<IMG_CONTEXT>", "<img>", "</img>"),
-        "<img>*</img>",
-    ),
-    "qwen2_vl": Toy(qwen2_vl, **QWEN),
-    "qwen2_5_vl": Toy(qwen2_5_vl, **QWEN),
-    "qwen3_vl": Toy(qwen3_vl, **QWEN),
-}
 CHECKS: dict[str, bool] = {}  # whether a check is about pictures
 PASSED: set[tuple[str, str]] = set()
 
@@ -250,6 +61,9 @@ def check(name: str, pictures: bool = False) -> Callable:
 
 @pytest.fixture(scope="module", params=TOYS)
 def kind(request):
+    since = SINCE.get(request.param, OLDEST)
+    if not has_transformers(since):
+        pytest.skip(f"{request.param} needs transformers {since}")
     return request.param
 
 
@@ -274,7 +88,7 @@ def folder(kind, tiny_tokenizer, tmp_path_factory):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
     path = tmp_path_factory.mktemp(kind) / kind
-    for part in filter(None, (model, tokenizer, toy.processor)):
+    for part in (model, tokenizer, *([toy.processor()] if toy.processor else [])):
         part.save_pretrained(path)
     return path
 
@@ -307,13 +121,13 @@ def library_inputs(kind: str, llm, ids: list[int], seeds: tuple[int, ...]) -> di
     tokens = torch.tensor([[image if token == slot else token for token in ids]])
     images = [(picture(seed) * 255).round().to(torch.uint8).numpy() for seed in seeds]
     inputs = {"input_ids": tokens, **pixels_of(kind, images)}
-    if "image_grid_thw" in inputs:
+    if "image_grid_thw" in inputs and has_transformers("5"):
         inputs["mm_token_type_ids"] = (tokens == image).int()
     return inputs
 
 
 def pixels_of(kind: str, images: list) -> dict[str, torch.Tensor]:
-    made = TOYS[kind].processor(images, return_tensors="pt", input_data_format="channels_last")
+    made = TOYS[kind].processor()(images, return_tensors="pt", input_data_format="channels_last")
     return {name: value for name, value in made.items() if "mask" not in name}
 
 
@@ -349,7 +163,7 @@ def test_training_states_and_loss_are_those_of_the_librarys_own_forward(kind, ll
     sequence = story_sequence(llm, turns_with(llm, 2, 4, open_end=False))
     states, loss = story_losses(llm, [sequence])
     inputs = library_inputs(kind, llm, sequence.ids, (2, 4))
-    hidden = llm.causal_lm.base_model(**inputs).last_hidden_state
+    hidden = llm.causal_lm.model(**inputs).last_hidden_state
     expected = gather_voken_states(hidden, [(0, start) for start in sequence.blocks], 8)
     assert len(expected) == 2 and torch.allclose(states, expected, atol=1e-4)
     labels = torch.tensor(sequence.labels)
@@ -441,6 +255,7 @@ def train_both(folder: Path, diffusion: Path, run: Path) -> FrozenLLM:
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @check("align and finetune")
 def test_both_stages_train_voken_rows_and_the_decoders_lora_alone(kind, folder, stages):
     trained, run = stages
@@ -463,6 +278,7 @@ def test_both_stages_train_voken_rows_and_the_decoders_lora_alone(kind, folder, 
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @check("adapter and folder are saved and loaded")
 @torch.no_grad()
 def test_a_saved_adapter_over_a_saved_folder_gives_what_was_trained(kind, folder, stages):
@@ -474,6 +290,7 @@ def test_a_saved_adapter_over_a_saved_folder_gives_what_was_trained(kind, folder
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @check("a story told and drawn")
 def test_a_story_is_told_and_what_was_drawn_is_shown(kind, folder, stages, tiny_diffusion_folder):
     _, run = stages
@@ -547,6 +364,8 @@ def test_what_is_kept_of_pictures_goes_by_the_vision_tower_alone(kind, llm):
 def test_what_transformers_4_answers_with_is_read_alike(kind, folder, llm, monkeypatch):
     if not llm.sees:
         pytest.skip("a text-only LLM")
+    if not has_transformers("5"):
+        pytest.skip("the installed transformers is a 4 itself")
     older = load_llm(folder)
     plain = older.causal_lm.get_image_features
 
@@ -570,9 +389,8 @@ def test_positions_of_an_oblong_picture_are_the_librarys(kind, llm, height, widt
     image = llm.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids = torch.tensor([[image if token == llm.picture_id else token for token in story.spread]])
     shown = [(picture(1, height, width) * 255).byte().numpy(), (picture(2) * 255).byte().numpy()]
-    theirs, _ = llm.causal_lm.model.get_rope_index(
-        ids, (ids == image).int(), pixels_of(kind, shown)["image_grid_thw"]
-    )
+    kinds = [(ids == image).int()] if has_transformers("5") else []
+    theirs, _ = llm.causal_lm.model.get_rope_index(ids, *kinds, pixels_of(kind, shown)["image_grid_thw"])
     ours = llm.family.positions(len(story.spread), list(placed(story.spread, story.images, llm.picture_id)))
     assert torch.equal(ours[:, None], theirs)
 
@@ -583,7 +401,10 @@ def test_a_large_picture_is_scaled_as_the_librarys_processor_does_within_a_round
     y, x = torch.meshgrid(torch.linspace(0, 1, 90), torch.linspace(0, 1, 60), indexing="ij")
     large = torch.stack((y, x, (x * y * 9).sin() / 2 + 0.5), -1).mul(255).round() / 255
     array = (large * 255).round().to(torch.uint8).numpy()
-    expected = llm.causal_lm.get_image_features(**pixels_of(kind, [array])).pooler_output[0]
+    answer = features(llm.causal_lm.get_image_features(**pixels_of(kind, [array])))
+    if kind == "qwen3_vl" and not has_transformers("5"):
+        answer, _ = answer  # beside it, what deeper layers are told
+    expected = answer[0]
     ours = llm.see(large)[:, : llm.width]
     assert ours.shape == expected.shape
     assert (ours - expected).norm() < 0.1 * expected.norm()
@@ -618,6 +439,39 @@ def test_an_unknown_kind_is_refused_with_the_known_ones(tiny_llm_folder, tmp_pat
     ) as error:
         load_llm(folder)
     assert all(kind in str(error.value) for kind in FAMILIES)
+
+
+def test_the_oldest_transformers_is_the_same_wherever_it_is_said():
+    root = Path(__file__).parents[1]
+    said = {"pyproject.toml": ">=", "nodes/llm.py": ">=", "constraints-oldest.txt": "=="}
+    for name, relation in said.items():
+        found = re.findall(rf"\btransformers{relation}([\d.]+)", (root / name).read_text(encoding="utf-8"))
+        assert found[0].startswith(OLDEST), name
+
+
+@pytest.mark.parametrize("newer", SINCE)
+def test_a_kind_that_the_installed_transformers_is_too_old_for_is_refused(
+    newer, tiny_llm_folder, tmp_path, monkeypatch
+):
+    folder = changed_config(tiny_llm_folder, tmp_path / "llm", model_type=newer)
+    monkeypatch.setattr(versions, "INSTALLED", "4.50.3")
+    with pytest.raises(BadInputError, match=f"{newer}'.*transformers {SINCE[newer]} or later, but 4.50.3"):
+        load_llm(folder)
+
+
+@pytest.mark.parametrize("where", ["text", "whole"])
+def test_a_folder_of_transformers_5_is_not_misread_by_an_older_one(
+    where, tiny_llm_folder, tmp_path, monkeypatch
+):
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    changes = {"rope_parameters": rope} if where == "whole" else {"text_config": {"rope_parameters": rope}}
+    folder = changed_config(tiny_llm_folder, tmp_path / "llm", **changes)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_theta", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(versions, "INSTALLED", "4.57.6")
+    with pytest.raises(BadInputError, match="rope_parameters in its config.json.*transformers 5 or later"):
+        load_llm(folder)
 
 
 def test_a_folder_that_does_not_say_how_to_scale_pictures_is_refused(kind, folder, tmp_path):

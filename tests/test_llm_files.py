@@ -1,4 +1,5 @@
 import importlib.metadata
+import json
 import re
 import sys
 from pathlib import Path
@@ -82,9 +83,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_converted_weights_are_those_transformers_reads_rounded_to_half(converted: Path) -> None:
     gguf = find_gguf()
-    ours = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(converted, torch_dtype=torch.float32).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, torch_dtype=torch.float32
     ).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name].half().float()) for name in theirs)
@@ -94,9 +95,12 @@ def test_the_converted_weights_are_those_transformers_reads_rounded_to_half(conv
 def test_the_converted_folder_is_whole_and_its_configuration_that_of_smollm2(converted: Path) -> None:
     assert is_llm(converted)
     assert [path.name for path in converted.parent.iterdir()] == ["llm"]
-    config = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32).config
+    model = AutoModelForCausalLM.from_pretrained(converted, torch_dtype=torch.float32)
+    config = model.config
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (576, 30, 49152)
-    assert (config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (8192, 100_000)
+    assert config.max_position_embeddings == 8192
+    slowest = 100_000 ** (-62 / 64)  # of a head's 32 rotary pairs, in radians a token
+    assert float(model.model.rotary_emb.inv_freq[-1]) == pytest.approx(slowest)
     assert config.tie_word_embeddings
 
 
@@ -105,16 +109,25 @@ def test_the_converted_tokenizer_reads_as_that_of_transformers_does(converted: P
     gguf = find_gguf()
     ours = AutoTokenizer.from_pretrained(converted)
     theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    for text in (
+    for text in (  # without a bos token, which transformers 4 adds for GGUF
         "Mia the fox.\n\n  It's  snowing<|im_end|>\n",
         "Leo’s naïve café — 漢字 🦊!",
         "100 m in 1984",
     ):
         ids = ours(text).input_ids
-        assert ids == theirs(text).input_ids
+        assert ids == theirs(text, add_special_tokens=False).input_ids
         assert ours.decode(ids) == text
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 2)
     assert ours.model_max_length == 8192
+
+
+@pytest.mark.slow
+def test_the_converted_folder_speaks_to_transformers_4_too(converted: Path) -> None:
+    config, tokenizer = (
+        json.loads((converted / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
+    assert config["rope_theta"] == 100_000
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 @pytest.mark.slow
@@ -132,9 +145,9 @@ def test_the_converted_tokenizer_knows_the_chat_template(converted: Path) -> Non
 @pytest.mark.slow
 def test_the_converted_model_speaks(converted: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(converted)
-    model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
-    ids = tokenizer("The capital of France is", return_tensors="pt")
-    answer = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    model = AutoModelForCausalLM.from_pretrained(converted, torch_dtype=torch.float32)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    answer = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
 
 

@@ -150,7 +150,9 @@ def test_an_offset_moves_the_noise_of_each_channel_as_a_whole():
     latents, cells = torch.zeros(512, 4, 4, 4), torch.ones(512, 1, 4, 4)
     torch.manual_seed(3)
     plain, moved = (
-        noise_loss(_Silent(), scheduler, latents, torch.zeros(512), cells, DiffusionRecipe(noise_offset=offset))
+        noise_loss(
+            _Silent(), scheduler, latents, torch.zeros(512), cells, DiffusionRecipe(noise_offset=offset)
+        )
         for offset in (0.0, 2.0)
     )
     assert moved / plain == pytest.approx(1 + 2.0**2, rel=0.1)

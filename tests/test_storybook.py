@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.pipeline import STORYBOOK
@@ -117,6 +118,7 @@ def test_a_truncated_mapper_is_named(tmp_path):
     assert told.returncode == 2 and "cut.safetensors is not a whole safetensors file" in told.stderr
 
 
+@pytest.mark.trains
 def test_the_smoke_recipes_make_parts_that_tell_a_story(tmp_path):
     for stage, options in (("align", []), ("finetune", ["--from", str(tmp_path / "align")])):
         done = run("trainer", stage, "--recipe", f"trainer/recipes/smoke_{stage}.toml", *options,
@@ -140,6 +142,16 @@ def test_the_smoke_recipes_make_parts_that_tell_a_story(tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert (tmp_path / "out" / "scene_01.png").is_file()
+
+
+def test_the_text_encoder_is_read_whole_by_transformers_4_and_5_alike():
+    folder = STORYBOOK / "diffusers"
+    encoder, about = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    assert not any(about[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = CLIPTokenizer.from_pretrained(folder / "tokenizer")("Mia the fox", return_tensors="pt").input_ids
+    assert ids.tolist() == [[0, 612, 327, 522, 1]]
+    states = encoder.float().eval()(ids).last_hidden_state
+    assert states.abs().sum().item() == pytest.approx(436.0588, rel=1e-4)  # as computed by either
 
 
 def test_the_bundle_stays_small():

@@ -89,7 +89,7 @@ class SeeingFamily(Family):
 
     def vision(self, model: PreTrainedModel) -> nn.Module:
         """All of the model but its decoder and head, for telling by its weights whether pictures look the same."""
-        parts = model.base_model.named_children()
+        parts = model.model.named_children()
         return nn.ModuleDict({name: part for name, part in parts if part is not model.get_decoder()})
 
     def _ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:

