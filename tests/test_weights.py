@@ -127,7 +127,7 @@ def test_a_header_that_is_not_understood_is_bad_input(saved, key, value, message
 def test_an_unknown_kind_in_the_header_lists_the_known_ones(mapper, saved):
     values = mapper.config.to_dict() | {"kind": "huge"}
     change_header(saved, {"minigpt5.mapper": json.dumps(values)})
-    with pytest.raises(BadInputError, match="Known kinds: compact, reference"):
+    with pytest.raises(BadInputError, match="Known kinds: compact, connector, reference"):
         load_mapper(saved)
 
 
