@@ -20,10 +20,9 @@ from .config import MapperConfig
 from .errors import BadInputError
 from .losses import IGNORED
 from .mapper import ReferenceMapper
-from .vokens import block_starts, voken_strings
+from .vokens import IMAGE_HERE, block_starts, voken_strings
 from .weights import check_shapes
 
-IMAGE_HERE = "<ImageHere>"
 _MAPPER_NAMES = {"fc.": "fc.", "llm_to_t2i_mapping.": "transformer.", "t2i_decoder_prompt": "queries"}
 _LLM_PREFIX = re.compile(r"^model\.llama_model\.(base_model\.model\.)?")
 

@@ -14,8 +14,7 @@ from .errors import BadInputError
 from .generate import Prompt
 from .llm import FrozenLLM
 from .prompts import LOOK, NEXT, Turn, Wording
-from .published import IMAGE_HERE
-from .vokens import PICTURE, plain
+from .vokens import IMAGE_HERE, PICTURE, plain
 
 SEEING = (
     "Give the following images in <Img>ImageContent</Img> format. "

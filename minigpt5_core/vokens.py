@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 PICTURE = "[PICTURE]"  # one picture's slot in a prompt; the LLM never reads or writes it
+IMAGE_HERE = "<ImageHere>"  # the same in the published checkpoints' prompts
 SPECIAL = re.compile(r"\[+(IMG\d+|PICTURE)\]+")
 
 

@@ -32,8 +32,8 @@ from minigpt5_core.generate import Prompt, Sampling, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
 from minigpt5_core.losses import IGNORED, LossWeights, caption_loss, compute_snr, diffusion_loss, text_loss
 from minigpt5_core.mapper import Mapper
-from minigpt5_core.published import IMAGE_HERE, our_name, published_labels
-from minigpt5_core.vokens import gather_voken_states
+from minigpt5_core.published import our_name, published_labels
+from minigpt5_core.vokens import IMAGE_HERE, gather_voken_states
 from minigpt5_core.weights import load_mapper
 
 TOLERANCE = 1e-4  # absolute, for values; ids and labels must be equal

@@ -1,6 +1,9 @@
 """Imports point one way, nodes -> minigpt5_core <- trainer, and nothing edits sys.path."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,18 @@ def test_the_reader_of_imports_sees_through_relative_imports(
         "from ... import nodes\nfrom ..config import x\nfrom ...minigpt5_core.a import b\nimport os.path\n"
     )
     assert imported_rooms(path) == {"nodes", "trainer", "minigpt5_core", "os"}
+
+
+# What the packages of pyproject.toml's `dependencies` bring along under names of their own.
+BROUGHT = {"PIL", "huggingface_hub", "packaging", "tokenizers"}
+FOR_THE_TRAINER = "published.py"  # reads a sentencepiece file, which only a conversion has
+
+
+def test_the_core_imports_nothing_that_a_story_is_not_installed_with() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[<>=\[ ]", one)[0] for one in project["dependencies"]} | {"gguf"}
+    known = named | BROUGHT | set(sys.stdlib_module_names) | {"minigpt5_core"}
+    files = [path for path in (ROOT / "minigpt5_core").rglob("*.py") if path.name != FOR_THE_TRAINER]
+    assert {path.name: extra for path in files if (extra := imported_rooms(path) - known)} == {}
+    readers = [path.name for path in files if re.search(r"from \.+published import", path.read_text())]
+    assert readers == []

@@ -13,8 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.published import IMAGE_HERE
-from minigpt5_core.vokens import voken_strings
+from minigpt5_core.vokens import IMAGE_HERE, voken_strings
 
 SPACE = "\u2581"
 BPE = 2  # sentencepiece's numbers: of the model, and of the kinds of pieces
