@@ -24,7 +24,9 @@ from transformers import (
 
 from .errors import BadInputError
 from .families import family_of
+from .versions import check_transformers
 
+OLDEST = "5"  # those before want a beginning mark in the file, and were not tested further
 MAGIC, TOKENIZER = b"GGUF", "tokenizer.json"
 OTHER_FILE = "Give the same model as a Hugging Face folder with safetensors weights, or another GGUF file."
 
@@ -36,6 +38,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, 
     package gguf is missing; what transformers raises for one that it cannot read is let through.
     """
     check_gguf(file)
+    check_transformers(f"{file} is a GGUF file", OLDEST)
     inside = {"gguf_file": file.name, "local_files_only": True}
     config = AutoConfig.from_pretrained(file.parent, **inside)
     family_of(config.model_type, file)
