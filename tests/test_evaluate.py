@@ -6,26 +6,30 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.prompts import Turn
 from trainer import ablate
 from trainer import evaluate as evaluation
-from trainer.ablate import read_variants, run_ablations
+from trainer.ablate import read_variants, run_ablations, text_loss
 from trainer.caption_adapter import CaptionAdapterRecipe, train_caption_adapter
 from trainer.cli import main
 from trainer.data.export import export_stories
 from trainer.data.formats import read
 from trainer.data.records import Record
-from trainer.evaluate import ROWS, EvaluateRecipe, evaluate, single_captions
+from trainer.evaluate import ROWS, EvaluateRecipe, evaluate, load_teller, single_captions
 from trainer.gallery import Gallery, fingerprint
 from trainer.measure import COLUMNS
 from trainer.recipe import load_recipe
+from trainer.sequences import story_sequence
 from trainer.storybook.rows import Drawn
 from trainer.storybook.stories import stories
 from trainer.storybook.world import held_out
@@ -203,8 +207,19 @@ def test_ablations_train_and_measure_each_variant_once(trained, tmp_path, monkey
     ]
     assert sorted(stages) == ["align", "finetune"]  # both variants begin with the same stage 1
     assert (tmp_path / "out" / "ablations.md").read_text().count("\n") == 4
+    assert table["default"]["text_loss"]["mean"] > 0
     monkeypatch.setattr(ablate, "evaluate", lambda *given: pytest.fail("measured again"))
     assert run_ablations(recipe, tmp_path / "out") == table
+
+
+def test_the_text_loss_is_the_librarys_own_mean_over_the_held_out_stories(small):
+    causal_lm = (llm := load_teller(small).llm).causal_lm
+    losses = []
+    for story in islice(stories(small.seed, "test"), 2):
+        told = story_sequence(llm, [Turn(scene.request, scene.text) for scene in story])
+        ids, labels = (torch.tensor([row]) for row in (told.ids, told.labels))
+        losses.append(causal_lm(input_ids=ids, labels=labels).loss.item())
+    assert text_loss(small)["mean"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
         return _evaluate_data(recipe, out, processes)
     told = list(islice(stories(recipe.seed, recipe.split), recipe.stories))
     singles = single_captions(recipe)
-    teller = _load(recipe)
+    teller = load_teller(recipe)
     ways = _rows(recipe, teller)
     galleries = {name: _gallery(recipe, out, name) for name in ways}
     alone = {name: _gallery(recipe, out, name, "captions") for name in ways if name in SINGLE}
@@ -127,7 +127,7 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
 def _evaluate_data(recipe: EvaluateRecipe, out: Path, processes: PartialState) -> dict:
     """The same on a data set."""
     records = held_records(Path(recipe.data), recipe.format, recipe.stories)
-    teller = _load(recipe)
+    teller = load_teller(recipe)
     stories = [chapters(teller, record) for record in records]
     sampling = Sampling(temperature=0.0, max_new_tokens=recipe.max_new_tokens)
     known = systems(teller, _drawing(recipe), sampling, recipe.write)
@@ -168,7 +168,8 @@ def single_captions(recipe: EvaluateRecipe) -> list[list[TrueScene]]:
     return [scenes[first : first + SHEET] for first in range(0, len(scenes), SHEET)]
 
 
-def _load(recipe: EvaluateRecipe) -> StoryTeller:
+def load_teller(recipe: EvaluateRecipe) -> StoryTeller:
+    """The recipe's main parts, checked against each other and against its picture size."""
     teller = load(
         Parts(
             _path(recipe.llm),

@@ -115,12 +115,10 @@ def summarise(
     groups = np.repeat(np.arange(len(told)), [len(story) for story in told])
     table: dict[str, dict] = {}
     for name, row in measured.items():
-        cells = {column: _cell(bootstrap(values, groups)) for column, values in row.values.items()}
-        cells["fid"] = _cell(_fid(row.features, true_features, groups))
+        cells = {column: cell(bootstrap(values, groups)) for column, values in row.values.items()}
+        cells["fid"] = cell(_fid(row.features, true_features, groups))
         alone = singles.get(name, {})
-        cells |= {
-            column: _cell(bootstrap(values, np.arange(len(values)))) for column, values in alone.items()
-        }
+        cells |= {column: cell(bootstrap(values, np.arange(len(values)))) for column, values in alone.items()}
         table[name] = {column: cells.get(column) for column in COLUMNS}
     differences: dict[str, dict] = {}
     for first, second in combinations(measured, 2):
@@ -128,15 +126,16 @@ def summarise(
             column: (values, measured[second].values[column])
             for column, values in measured[first].values.items()
         }
-        cells = {column: _cell(bootstrap_difference(*pair, groups)) for column, pair in pairs.items()}
+        cells = {column: cell(bootstrap_difference(*pair, groups)) for column, pair in pairs.items()}
         for column in singles.get(first, {}).keys() & singles.get(second, {}).keys():
             one, other = singles[first][column], singles[second][column]
-            cells[column] = _cell(bootstrap_difference(one, other, np.arange(len(one))))
+            cells[column] = cell(bootstrap_difference(one, other, np.arange(len(one))))
         differences[f"{first}-{second}"] = {column: cells.get(column) for column in COLUMNS}
     return {"rows": table, "differences": differences}
 
 
-def _cell(interval: Interval | None) -> dict[str, float] | None:
+def cell(interval: Interval | None) -> dict[str, float] | None:
+    """An interval as the report holds it: five places."""
     return None if interval is None else {name: round(value, 5) for name, value in asdict(interval).items()}
 
 
