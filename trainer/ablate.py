@@ -99,7 +99,9 @@ def _run(variant: Variant, name: str, out: Path) -> dict[str, Any]:
     adapter, mapper = str(trained / "adapter"), str(trained / "mapper.safetensors")
     measured = replace(variant.evaluate, adapter=adapter, mapper=mapper)
     row = evaluate(measured, out / name)["rows"]["vokens"] | {"text_loss": text_loss(measured)}
-    kept.write_text(json.dumps({"recipe": recipe, "row": row}, indent=1) + "\n")
+    draft = kept.with_suffix(".new")
+    draft.write_text(json.dumps({"recipe": recipe, "row": row}, indent=1) + "\n")
+    draft.replace(kept)  # never half of it, which could not be read again
     return row
 
 
