@@ -10,38 +10,17 @@ import pytest
 
 from minigpt5_core.errors import BadInputError
 from tests.ab.studies import EVIL, SECRETS, RealServer, write_system
+from tests.chromium import needs_chromium
 from trainer.ab.answers import read_answers
 from trainer.ab.build import build_study
 from trainer.ab.cli import run
 from trainer.ab.study import QUESTIONS, load_study
 
-CHROMIUM = os.environ.get("CHROMIUM_PATH", "/usr/bin/chromium")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 SHOTS = os.environ.get("AB_SHOTS")  # a folder to keep screenshots in
 
 
-browsing = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason=f"no Chromium at {CHROMIUM}: set CHROMIUM_PATH"),
-]
-
-
 def in_browser(test):
-    for mark in browsing:
-        test = mark(test)
-    return test
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
+    return pytest.mark.slow(needs_chromium(test))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The real frontend in a real browser: templates, the story reader, help pages, languages, themes."""
 
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -9,28 +8,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.chromium import needs_chromium
+
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / ".screenshots"
-CHROMIUM = os.environ.get("CHROMIUM_PATH", "/usr/bin/chromium")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 EVIL = "<script>window.broken = 1</script><img src=x onerror='window.broken = 1'> once upon a time"
 
-pytestmark = pytest.mark.skipif(
-    not Path(CHROMIUM).is_file(), reason=f"no Chromium at {CHROMIUM}: install one or set CHROMIUM_PATH"
-)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield running
-        running.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture
