@@ -48,7 +48,7 @@ TRAINER_TESTS := backbone diffusion_settings flux_full_size consistency contexts
 # With a cache of its own, so that the default LLM is the one that these versions convert.
 test-oldest: .venv-oldest/installed
 	XDG_CACHE_HOME="$(CURDIR)/.venv-oldest/cache" OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile \
-	    -m "not comfyui and not trains" --ignore=tests/ab --ignore=tests/scores $(TRAINER_TESTS:%=--ignore=tests/test_%.py)
+	    -m "not comfyui and not trains" --ignore=tests/ab --ignore=tests/metrics $(TRAINER_TESTS:%=--ignore=tests/test_%.py)
 
 lint: .venv/dev-installed
 	$(BIN)/python -m ruff format --check

@@ -45,7 +45,9 @@ FORMATS = ("folder", "folder-metadata", "jsonl", "cc3m", "webdataset", "vist", "
 
 def build(name: str, rows: int, out: Path) -> Path:
     """A data set of `rows` rows below `out`; returns the path to read it from."""
-    from trainer.data.export import export_stories  # not above: it needs torch, and a loader alone does not
+    from trainer.storybook.world.export import (
+        export_stories,  # not above: it needs torch, and a loader alone does not
+    )
 
     path = export_stories(name.removesuffix("-metadata"), STORIES, SEED, out)
     longer: dict[str, Callable[[Path, int], Path]] = {
@@ -171,7 +173,7 @@ def stories_as_turns(vist: Path | None) -> Iterator[tuple[str, list[list[Any]]]]
     """(name, stories as turns) as the task `story` has them, no picture shown."""
     from minigpt5_core.prompts import Turn
     from trainer.data.tasks import Tools, story
-    from trainer.storybook.stories import stories
+    from trainer.storybook.world.stories import stories
 
     told = islice(stories(SEED), TOLD)
     yield "storybook", [[Turn(scene.request, scene.text) for scene in scenes] for scenes in told]
@@ -185,7 +187,7 @@ def count_tokens(vist: Path | None) -> Iterator[dict[str, Any]]:
     """Mean tokens of a story as one sequence, and as one a picture: earlier scenes with their blocks, or without."""
     from minigpt5_core.llm import load_llm
     from minigpt5_core.llm_files import default_llm
-    from trainer.sequences import story_sequence
+    from trainer.llm.sequences import story_sequence
 
     llm = load_llm(default_llm())
     for name, told in stories_as_turns(vist):

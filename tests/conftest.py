@@ -103,9 +103,9 @@ def untied_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-to-image model of the storybook's classes, made by its trainer in two steps."""
-    from trainer.storybook import diffusion
-    from trainer.storybook.autoencoder import AutoencoderRecipe
-    from trainer.storybook.diffusion import (
+    from trainer.storybook.models import diffusion
+    from trainer.storybook.models.autoencoder import AutoencoderRecipe
+    from trainer.storybook.models.diffusion import (
         DiffusionRecipe,
         StorybookDiffusionRecipe,
         train_storybook_diffusion,
@@ -184,8 +184,8 @@ def trained(
     tiny_llm_folder: Path, tiny_diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, str]]:
     """An aligned run and an image adapter trained with it, each in a few steps."""
-    from trainer.align import AlignRecipe, train_align
-    from trainer.image_adapter import ImageAdapterRecipe, train_image_adapter
+    from trainer.stages.align import AlignRecipe, train_align
+    from trainer.storybook.models.image_adapter import ImageAdapterRecipe, train_image_adapter
 
     folder = tmp_path_factory.mktemp("trained")
     llm = Path(

@@ -20,14 +20,14 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import diffusion_loss
 from minigpt5_core.weights import load_mapper
 from tests.toy_diffusion import SPACES, XL_POOLED, XL_WIDTHS, save
-from trainer import align
-from trainer.align import AlignRecipe, train_align
-from trainer.backbone import Backbone, Targets, load_backbone
-from trainer.backbone.unet import Sd
 from trainer.cli import main
-from trainer.data.export import export_stories
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.storybook.diffusion import encode_texts
+from trainer.diffusion import Backbone, Targets, load_backbone
+from trainer.diffusion.unet import Sd
+from trainer.stages import align
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.storybook.models.diffusion import encode_texts
+from trainer.storybook.world.export import export_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -76,7 +76,7 @@ def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_
     assert main(["data", "cache", recipe.data, *given]) == 0
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
-        patched.setattr("trainer.backbone.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
+        patched.setattr("trainer.diffusion.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
         train_align(replace(recipe, cache=str(tmp_path / "cache")), tmp_path / "cached")
     runs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("pixels", "cached")]
     assert len(runs[0]) == 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minigpt5_core.pipeline import load_diffusion
-from trainer.storybook.consistency import looking_at
+from trainer.storybook.benchmark.reference_attention import looking_at
 
 
 @pytest.fixture

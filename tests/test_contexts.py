@@ -7,10 +7,11 @@ import torch
 
 from minigpt5_core.generate import Prompt, Sampling, generate
 from minigpt5_core.prompts import Turn, chat_text
-from trainer.adapters import trainable, with_voken_rows
-from trainer.contexts import ContextCache, block_states, caption_ids, caption_passage, story_passage
-from trainer.storybook.stories import stories
-from trainer.storybook.world import State
+from trainer.llm.adapters import trainable, with_voken_rows
+from trainer.llm.prefill_cache import ContextCache, block_states, caption_ids
+from trainer.storybook.world.source import caption_passage, story_passage
+from trainer.storybook.world.state import State
+from trainer.storybook.world.stories import stories
 
 CAPTIONED = [
     State("fox", "beach", "day"),

@@ -12,11 +12,11 @@ from PIL import Image
 from minigpt5_core.errors import BadInputError
 from trainer.cli import LAYOUTS, main
 from trainer.data.check import check
-from trainer.data.export import export_stories, picture_of
 from trainer.data.formats import FORMATS, read
 from trainer.data.records import Broken, BrokenPicture, Picture, Record
 from trainer.data.stream import Stream
-from trainer.storybook.stories import stories
+from trainer.storybook.world.export import export_stories, picture_of
+from trainer.storybook.world.stories import stories
 
 STORIES, SEED = 3, 5
 TOLD = ("jsonl", "vist", "mmdialog")

@@ -17,17 +17,16 @@ from minigpt5_core.mapper import build_mapper, compact_config
 from minigpt5_core.pipeline import StoryTeller, load_diffusion
 from minigpt5_core.story import Story
 from tests.toy_diffusion import SPACES, save
-from trainer import align
-from trainer.align import AlignRecipe, train_align
-from trainer.backbone import load_backbone
-from trainer.backbone.flow import Flux
 from trainer.cli import main
-from trainer.data.cache import CachedFeatures
-from trainer.data.export import export_stories
+from trainer.common.images import fitted, grid
 from trainer.data.formats import read
-from trainer.evaluate import EvaluateRecipe, evaluate
-from trainer.examples import fitted
-from trainer.progress import grid
+from trainer.diffusion import load_backbone
+from trainer.diffusion.flow import Flux
+from trainer.feature_cache.cache import CachedFeatures
+from trainer.stages import align
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.storybook.benchmark.evaluate import EvaluateRecipe, evaluate
+from trainer.storybook.world.export import export_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PICTURES = 8  # in a preview

@@ -17,22 +17,22 @@ from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.prompts import Turn
-from trainer import ablate
-from trainer import evaluate as evaluation
-from trainer.ablate import read_variants, run_ablations, text_loss
-from trainer.caption_adapter import CaptionAdapterRecipe, train_caption_adapter
 from trainer.cli import main
-from trainer.data.export import export_stories
+from trainer.common.recipe import load_recipe
 from trainer.data.formats import read
 from trainer.data.records import Record
-from trainer.evaluate import ROWS, EvaluateRecipe, evaluate, load_teller, single_captions
-from trainer.gallery import Gallery, fingerprint
-from trainer.measure import COLUMNS
-from trainer.recipe import load_recipe
-from trainer.sequences import story_sequence
-from trainer.storybook.rows import Drawn
-from trainer.storybook.stories import stories
-from trainer.storybook.world import held_out
+from trainer.evaluation.drawing import Drawn
+from trainer.evaluation.gallery import Gallery, fingerprint
+from trainer.llm.sequences import story_sequence
+from trainer.storybook.benchmark import ablate
+from trainer.storybook.benchmark import evaluate as evaluation
+from trainer.storybook.benchmark.ablate import read_variants, run_ablations, text_loss
+from trainer.storybook.benchmark.evaluate import ROWS, EvaluateRecipe, evaluate, load_teller, single_captions
+from trainer.storybook.benchmark.measure import COLUMNS
+from trainer.storybook.models.caption_baseline import CaptionAdapterRecipe, train_caption_adapter
+from trainer.storybook.world.export import export_stories
+from trainer.storybook.world.state import held_out
+from trainer.storybook.world.stories import stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -30,11 +30,12 @@ from minigpt5_core.story import Story
 from minigpt5_core.versions import has_transformers
 from minigpt5_core.vokens import gather_voken_states
 from tests.family_toys import SIDE, TOYS
-from trainer import align, loop
-from trainer.adapters import save_adapter, trainable, with_prefix
-from trainer.align import AlignRecipe, train_align
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.sequences import StorySequence, story_losses, story_sequence
+from trainer.llm.adapters import save_adapter, trainable, with_prefix
+from trainer.llm.sequences import StorySequence, story_losses, story_sequence
+from trainer.stages import align
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.training import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = Path(__file__).with_name("families.md")

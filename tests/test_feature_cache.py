@@ -22,20 +22,21 @@ from minigpt5_core.vision import (
     picture_tensor,
     save_image_adapter,
 )
-from trainer.backbone import base
-from trainer.backbone.unet import Sd
 from trainer.cli import LAYOUTS, main
-from trainer.data import cache_build
-from trainer.data.cache import CachedFeatures, FeatureCache, picture_hash
-from trainer.data.cache_build import fill, load_seeing
-from trainer.data.export import export_stories
+from trainer.common.images import to_tensor
+from trainer.common.progress import Terminated, TrainingError
 from trainer.data.formats import read
 from trainer.data.records import BrokenPicture, Picture
-from trainer.examples import Shown
-from trainer.progress import Terminated, TrainingError
-from trainer.stage import picture_latents
-from trainer.storybook.autoencoder import AutoencoderRecipe, build_autoencoder, to_tensor
-from trainer.storybook.diffusion import DiffusionRecipe, build_text_encoder, build_unet, encode_texts
+from trainer.data.source import Shown
+from trainer.diffusion import base
+from trainer.diffusion.unet import Sd
+from trainer.feature_cache import build as cache_build
+from trainer.feature_cache.build import fill, load_seeing
+from trainer.feature_cache.cache import CachedFeatures, FeatureCache, picture_hash
+from trainer.storybook.models.autoencoder import AutoencoderRecipe, build_autoencoder
+from trainer.storybook.models.diffusion import DiffusionRecipe, build_text_encoder, build_unet, encode_texts
+from trainer.storybook.world.export import export_stories
+from trainer.training.picture_losses import picture_latents
 
 STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -2,8 +2,8 @@ import torch
 
 from minigpt5_core.generate import Prompt, Sampling, generate
 from minigpt5_core.prompts import Turn, chat_text
-from trainer.finetune import FinetuneRecipe, with_lora
-from trainer.sequences import story_losses, story_sequence
+from trainer.llm.sequences import story_losses, story_sequence
+from trainer.stages.finetune import FinetuneRecipe, with_lora
 
 TURNS = [Turn("Mia.", "Mia wakes."), Turn("Next?", "She runs.")]
 

@@ -21,14 +21,14 @@ from minigpt5_core.story import Story
 from minigpt5_core.weights import load_mapper
 from tests import toy_diffusion
 from tests.toy_diffusion import WIDTH, save
-from trainer import align
-from trainer.align import AlignRecipe, train_align
-from trainer.backbone import Backbone, Targets, load_backbone
-from trainer.backbone.flow import Flux
 from trainer.cli import main
-from trainer.data.export import export_stories
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.stage import new_mapper
+from trainer.diffusion import Backbone, Targets, load_backbone
+from trainer.diffusion.flow import Flux
+from trainer.stages import align
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.storybook.world.export import export_stories
+from trainer.training.build_mapper import new_mapper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPACES = {name: toy_diffusion.SPACES[name] for name in ("sd3", "flux")}
@@ -165,7 +165,7 @@ def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder,
     assert main(["data", "cache", recipe.data, *given]) == 0
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
-        patched.setattr("trainer.backbone.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
+        patched.setattr("trainer.diffusion.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
         cached = replace(recipe, cache=str(tmp_path / "cache"), gradient_checkpointing=True)
         train_align(cached, tmp_path / "cached")
     assert len(losses(tmp_path / "pixels")) == 3

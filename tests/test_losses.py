@@ -15,7 +15,7 @@ from minigpt5_core.losses import (
     text_loss,
     voken_loss,
 )
-from trainer.storybook.diffusion import DiffusionRecipe, noise_loss
+from trainer.storybook.models.diffusion import DiffusionRecipe, noise_loss
 
 
 def test_the_default_weights_are_the_published_ones():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from minigpt5_core import conditioning
 from tests.toy_diffusion import SPACES, save
 from trainer.cli import main
-from trainer.data.export import export_stories
+from trainer.storybook.world.export import export_stories
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"

@@ -11,8 +11,8 @@ from minigpt5_core.precision import holding
 from minigpt5_core.prompts import NEXT
 from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
-from trainer.adapters import save_adapter as save_prefix
-from trainer.adapters import with_prefix
+from trainer.llm.adapters import save_adapter as save_prefix
+from trainer.llm.adapters import with_prefix
 
 SHORT = {"max_new_tokens": 6, "temperature": 1.0}
 

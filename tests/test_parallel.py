@@ -18,14 +18,16 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
-from trainer.align import AlignRecipe, train_align
-from trainer.data.export import export_stories
+from trainer.data.record_source import RecordSource
+from trainer.data.source import Share
 from trainer.data.stream import Stream
 from trainer.data.tasks import Task
-from trainer.examples import RecordSource, Share, StorybookSource
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.mapper_only import MapperRecipe, train_mapper
-from trainer.stage import load_frozen_llm
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.stages.mapper import MapperRecipe, train_mapper
+from trainer.storybook.world.export import export_stories
+from trainer.storybook.world.source import StorybookSource
+from trainer.training.setup import load_frozen_llm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -10,8 +10,8 @@ from minigpt5_core.adapter import ADAPTER_WEIGHTS, VOKEN_ROWS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate
 from minigpt5_core.llm import load_adapter, load_llm
-from trainer.adapters import save_adapter, with_prefix
-from trainer.finetune import FinetuneRecipe, train_finetune
+from trainer.llm.adapters import save_adapter, with_prefix
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from minigpt5_core.errors import BadInputError
-from trainer.recipe import load_recipe
+from trainer.common.recipe import load_recipe
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import align
-from trainer.align import AlignRecipe, train_align
 from trainer.cli import main
-from trainer.explain import fingerprint, running_mean
-from trainer.progress import Progress, Terminated, TrainingError, interrupts
-from trainer.run import Run
+from trainer.common.progress import Progress, Terminated, TrainingError, interrupts
+from trainer.common.provenance import fingerprint
+from trainer.stages import align
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.training.checkpoint import Run
+from trainer.training.run_summary import running_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

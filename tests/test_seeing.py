@@ -14,19 +14,16 @@ from minigpt5_core.llm import load_llm, load_sight
 from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig, load_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper
-from trainer.caption_adapter import (
-    caption_prompt,
-    captioned_turns,
-)
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.image_adapter import read_caption
-from trainer.mapper_only import MapperRecipe, train_mapper
-from trainer.sequences import story_losses, story_sequence
-from trainer.showing import caption_turns, questions, shown_turns, told_scenes
-from trainer.storybook.identity import identity
-from trainer.storybook.render import render
-from trainer.storybook.stories import change_a_fact, random_state, stories, training_state
-from trainer.storybook.world import State, held_out
+from trainer.llm.sequences import story_losses, story_sequence
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.stages.mapper import MapperRecipe, train_mapper
+from trainer.storybook.benchmark.identity import identity
+from trainer.storybook.models.caption_baseline import caption_prompt, captioned_turns
+from trainer.storybook.models.image_adapter import read_caption
+from trainer.storybook.world.render import render
+from trainer.storybook.world.state import State, held_out
+from trainer.storybook.world.stories import change_a_fact, random_state, stories, training_state
+from trainer.storybook.world.visual_turns import caption_turns, questions, shown_turns, told_scenes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,10 +12,10 @@ from minigpt5_core.llm import load_adapter, load_llm
 from minigpt5_core.pipeline import Parts, load
 from minigpt5_core.story import Story
 from minigpt5_core.weights import load_mapper
-from trainer import align, finetune
-from trainer.align import AlignRecipe, train_align
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.run import Run
+from trainer.stages import align, finetune
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.training.checkpoint import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -3,9 +3,9 @@ from itertools import islice
 
 import pytest
 
-from trainer.storybook.render import HERO_ON_LEFT, render, render_with_figures
-from trainer.storybook.stories import stories
-from trainer.storybook.world import HEROES, PLACES, PROPS, State, held_out
+from trainer.storybook.world.render import HERO_ON_LEFT, render, render_with_figures
+from trainer.storybook.world.state import HEROES, PLACES, PROPS, State, held_out
+from trainer.storybook.world.stories import stories
 
 
 def test_stories_are_the_same_for_the_same_seed():

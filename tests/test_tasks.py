@@ -13,16 +13,18 @@ from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.prompts import LOOK, NEXT
-from trainer.align import AlignRecipe, train_align
-from trainer.data.export import export_stories
+from trainer.common.images import fitted
 from trainer.data.formats import read
+from trainer.data.record_source import RecordSource
 from trainer.data.records import Picture, Record, Scene
 from trainer.data.stream import Stream
 from trainer.data.tasks import TASKS, Task, Tools
-from trainer.examples import RecordSource, StorybookSource, fitted
-from trainer.finetune import FinetuneRecipe, train_finetune
-from trainer.sequences import story_losses, story_sequence
-from trainer.storybook.stories import stories
+from trainer.llm.sequences import story_losses, story_sequence
+from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.storybook.world.export import export_stories
+from trainer.storybook.world.source import StorybookSource
+from trainer.storybook.world.stories import stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"

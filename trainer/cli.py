@@ -30,8 +30,8 @@ from pathlib import Path
 from minigpt5_core.errors import BadInputError
 
 from .ab.cli import run as run_ab
+from .common.progress import Terminated, TrainingError
 from .convert.cli import run as run_convert
-from .progress import Terminated, TrainingError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +96,7 @@ def _data_check(arguments: argparse.Namespace) -> int:
 
 
 def _data_cache(arguments: argparse.Namespace) -> int:
-    from .data.cache_build import cache_features
+    from .feature_cache.build import cache_features
 
     parts = arguments.diffusion, arguments.llm, arguments.image_adapter
     how = arguments.diffusion_precision, arguments.picture_size
@@ -104,7 +104,7 @@ def _data_cache(arguments: argparse.Namespace) -> int:
 
 
 def _data_export(arguments: argparse.Namespace) -> int:
-    from .data.export import export_stories
+    from .storybook.world.export import export_stories
 
     path = export_stories(arguments.layout, arguments.stories, arguments.seed, arguments.path)
     print(f"{arguments.stories} stories: {path}")
@@ -112,8 +112,8 @@ def _data_export(arguments: argparse.Namespace) -> int:
 
 
 def _align(arguments: argparse.Namespace) -> int:
-    from .align import AlignRecipe, train_align
-    from .recipe import load_recipe
+    from .common.recipe import load_recipe
+    from .stages.align import AlignRecipe, train_align
 
     recipe = load_recipe(AlignRecipe, arguments.recipe, arguments.set)
     train_align(recipe, arguments.out, arguments.start, arguments.resume)
@@ -121,8 +121,8 @@ def _align(arguments: argparse.Namespace) -> int:
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
-    from .finetune import FinetuneRecipe, train_finetune
-    from .recipe import load_recipe
+    from .common.recipe import load_recipe
+    from .stages.finetune import FinetuneRecipe, train_finetune
 
     recipe = load_recipe(FinetuneRecipe, arguments.recipe, arguments.set)
     train_finetune(recipe, arguments.out, arguments.start, arguments.resume)
@@ -130,8 +130,8 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def _mapper(arguments: argparse.Namespace) -> int:
-    from .mapper_only import MapperRecipe, train_mapper
-    from .recipe import load_recipe
+    from .common.recipe import load_recipe
+    from .stages.mapper import MapperRecipe, train_mapper
 
     recipe = load_recipe(MapperRecipe, arguments.recipe, arguments.set)
     train_mapper(recipe, arguments.out, arguments.start, arguments.resume)
@@ -139,16 +139,16 @@ def _mapper(arguments: argparse.Namespace) -> int:
 
 
 def _storybook(arguments: argparse.Namespace) -> int:
-    from .recipe import load_recipe
-    from .storybook.sample import SampleRecipe, write_sample
+    from .common.recipe import load_recipe
+    from .storybook.world.sample import SampleRecipe, write_sample
 
     write_sample(load_recipe(SampleRecipe, arguments.recipe, arguments.set), arguments.out)
     return 0
 
 
 def _diffusion(arguments: argparse.Namespace) -> int:
-    from .recipe import load_recipe
-    from .storybook.diffusion import StorybookDiffusionRecipe, train_storybook_diffusion
+    from .common.recipe import load_recipe
+    from .storybook.models.diffusion import StorybookDiffusionRecipe, train_storybook_diffusion
 
     recipe = load_recipe(StorybookDiffusionRecipe, arguments.recipe, arguments.set)
     train_storybook_diffusion(recipe, arguments.out, arguments.start)
@@ -156,16 +156,16 @@ def _diffusion(arguments: argparse.Namespace) -> int:
 
 
 def _scorer(arguments: argparse.Namespace) -> int:
-    from .recipe import load_recipe
-    from .storybook.scorer import ScorerRecipe, train_scorer
+    from .common.recipe import load_recipe
+    from .storybook.models.scorer import ScorerRecipe, train_scorer
 
     scores = train_scorer(load_recipe(ScorerRecipe, arguments.recipe, arguments.set), arguments.out)
     return 0 if min(scores.values()) >= 0.99 else 1
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from .recipe import load_recipe
-    from .storybook.score import ScoreRecipe, score_storybook
+    from .common.recipe import load_recipe
+    from .storybook.benchmark.score import ScoreRecipe, score_storybook
 
     return (
         0 if score_storybook(load_recipe(ScoreRecipe, arguments.recipe, arguments.set), arguments.out) else 1
@@ -173,8 +173,8 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _image_adapter(arguments: argparse.Namespace) -> int:
-    from .image_adapter import ImageAdapterRecipe, train_image_adapter
-    from .recipe import load_recipe
+    from .common.recipe import load_recipe
+    from .storybook.models.image_adapter import ImageAdapterRecipe, train_image_adapter
 
     recipe = load_recipe(ImageAdapterRecipe, arguments.recipe, arguments.set)
     train_image_adapter(recipe, arguments.out, arguments.start)
@@ -182,16 +182,16 @@ def _image_adapter(arguments: argparse.Namespace) -> int:
 
 
 def _caption_adapter(arguments: argparse.Namespace) -> int:
-    from .caption_adapter import CaptionAdapterRecipe, train_caption_adapter
-    from .recipe import load_recipe
+    from .common.recipe import load_recipe
+    from .storybook.models.caption_baseline import CaptionAdapterRecipe, train_caption_adapter
 
     train_caption_adapter(load_recipe(CaptionAdapterRecipe, arguments.recipe, arguments.set), arguments.out)
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from .evaluate import EvaluateRecipe, evaluate
-    from .recipe import load_recipe
+    from .common.recipe import load_recipe
+    from .storybook.benchmark.evaluate import EvaluateRecipe, evaluate
 
     given = {name: getattr(arguments, name) for name in ("stories", "seed", "data", "format")}
     if arguments.systems is not None:
@@ -202,7 +202,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
-    from .ablate import run_ablations
+    from .storybook.benchmark.ablate import run_ablations
 
     if arguments.recipe is None or arguments.set:
         raise BadInputError(
@@ -213,8 +213,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _bundle(arguments: argparse.Namespace) -> int:
-    from .recipe import load_recipe
-    from .storybook.bundle import BundleRecipe, write_bundle
+    from .common.recipe import load_recipe
+    from .storybook.models.bundle import BundleRecipe, write_bundle
 
     write_bundle(load_recipe(BundleRecipe, arguments.recipe, arguments.set), arguments.out)
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from trainer.storybook.scorer import load_scorer
+from trainer.storybook.models.scorer import load_scorer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

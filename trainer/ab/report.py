@@ -10,7 +10,7 @@ from pathlib import Path
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.metrics import Interval
 
-from ..page import page
+from ..common.html_page import page
 from .answers import Answer, read_answers
 from .preference import Preference, Strength, prefer
 from .study import ANSWERS, QUESTIONS, Study, load_study

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from ..progress import grid
+from ..common.images import grid
 from .formats import read
 from .records import Broken, BrokenPicture, Record, Row
 

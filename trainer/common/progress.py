@@ -1,0 +1,69 @@
+"""What people watch while a model trains: one line with losses, speed and time left; grids of pictures."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Prints a line every `every` seconds: step, losses (mean since the last line), samples/s, time left, memory."""
+
+    def __init__(self, steps: int, every: float = 15.0, start: int = 0) -> None:
+        self.steps, self.every, self.first = steps, every, start
+        self.started = self.printed = time.monotonic()
+        self.sums: dict[str, float] = {}
+        self.count = self.samples = 0
+
+    def update(self, step: int, samples: int, **losses: float) -> None:
+        """Account for a finished step (counted from 1) of `samples` samples."""
+        self.count += 1
+        self.samples += samples
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        now = time.monotonic()
+        if now - self.printed < self.every and step < self.steps:
+            return
+        elapsed = now - self.started
+        left = elapsed / max(1, step - self.first) * (self.steps - step)
+        terms = "  ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
+        print(
+            f"step {step}/{self.steps}  {terms}  {self.samples / elapsed:.1f} samples/s  {left / 60:.1f} min left  "
+            f"{memory():.1f} GB",
+            flush=True,
+        )
+        self.printed, self.sums, self.count = now, {}, 0
+
+
+def memory() -> float:
+    """GB that this process holds: on the GPU where there is one, else of the machine's memory."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+class TrainingError(Exception):
+    """A run that cannot go on: what happened, what is safe, and how to mend it."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came; what there is was saved."""
+
+
+@contextmanager
+def interrupts() -> Iterator[list[BaseException]]:
+    """While this lasts, Ctrl-C and SIGTERM only put what to raise into the list, so that no step is cut in half."""
+    caught: list[BaseException] = []
+    kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+    before = {
+        number: signal.signal(number, lambda number, frame: caught.append(kinds[signal.Signals(number)]()))
+        for number in kinds
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,222 @@
+"""Fills a feature cache: what of a data set is not there yet is computed and written, shard by shard.
+
+A run that was ended goes on where it stood: Ctrl-C and SIGTERM write what is computed, a kill loses one shard.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
+from minigpt5_core.llm_files import default_llm
+from minigpt5_core.vision import picture_tensor
+
+from ..common.images import fitted
+from ..common.progress import TrainingError, interrupts
+from ..data.check import SHOWN_BROKEN
+from ..data.formats import read
+from ..data.records import Broken, BrokenPicture, Picture, Row
+from ..diffusion import Backbone, load_backbone
+from .cache import FeatureCache, FeatureKeys
+
+MOST_BYTES, MOST_VALUES = 64 * 2**20, 4096  # a shard
+
+
+@dataclass
+class Built:
+    """What a run found and did. `pictures` and `captions` are the usable ones in the data, repeats and all.
+
+    Of the values they need, `computed` is how many this run made and `there` how many were there by then, from an
+    earlier run or another process. `ignored` are the files found that are no whole shards, `shards` all whole ones.
+    """
+
+    pictures: int = 0
+    captions: int = 0
+    computed: int = 0
+    there: int = 0
+    written: int = 0
+    shards: set[Path] = field(default_factory=set)
+    broken: list[Broken] = field(default_factory=list)
+    ignored: dict[Path, str] = field(default_factory=dict)
+
+
+def cache_features(
+    path: Path,
+    layout: str,
+    out: Path,
+    diffusion: Path,
+    llm: Path | None = None,
+    sight: Path | None = None,
+    precision: str = "float32",
+    picture_size: int = 0,
+) -> Built:
+    """Caches the data set at `path` in the folder `out`, and prints a report.
+
+    Latents and targets are those of the model in `diffusion`, held in `precision`, for pictures of `picture_size`; with
+    the image adapter `sight` also the image tokens, for the LLM in `llm` (None: the default one), which is loaded for
+    nothing else. BadInputError for data, models or a folder that cannot be used; TrainingError when a shard cannot be
+    written.
+    """
+    read(path, layout)  # says what is wrong with the path before any model is loaded
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInputError(f"No folder can be made at {out}: {error}. Name another for --out.") from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = load_backbone(diffusion, precision, picture_size).to(device)
+    built = fill(path, layout, out, backbone, load_seeing(llm, sight, device))
+    print(summary(built, path, out))
+    return built
+
+
+def load_seeing(
+    folder: Path | None, sight: Path | None, device: torch.device | str = "cpu"
+) -> FrozenLLM | None:
+    """The LLM that sees by `sight`, or None without one."""
+    if sight is None:
+        return None
+    folder = folder or default_llm()
+    return load_sight(load_llm(folder, device=device), folder, chosen=sight)
+
+
+def fill(path: Path, layout: str, out: Path, backbone: Backbone, llm: FrozenLLM | None) -> Built:
+    """Computes and writes what the folder `out` lacks. Ctrl-C and SIGTERM are raised once all is written."""
+    filling = Filling(out, backbone, llm)
+    with interrupts() as interrupted:
+        for row in tqdm(read(path, layout), desc="features", unit=" rows", mininterval=5):
+            filling.add(row)
+            if interrupted:
+                break
+        filling.finish()
+    if interrupted:
+        raise interrupted[0]
+    return filling.built
+
+
+class Filling:
+    """A cache being filled, row by row; values wait in memory until there are enough for a shard."""
+
+    def __init__(self, folder: Path, backbone: Backbone, llm: FrozenLLM | None) -> None:
+        self.backbone, self.llm = backbone, llm
+        self.cache, self.keys = FeatureCache(folder), FeatureKeys(backbone, llm)
+        self.built = Built(ignored=dict(self.cache.ignored))
+        self.waiting: dict[str, Tensor] = {}
+        self.size = 0  # of those, in bytes
+        self.seen: set[str] = set()  # keys this run has met
+
+    def add(self, row: Row) -> None:
+        """All pictures of a row and their captions. A broken picture is named; those beside it are cached."""
+        if isinstance(row, Broken):
+            self.built.broken.append(row)
+            return
+        for scene in row.scenes:
+            if scene.picture is None:
+                continue
+            try:
+                self._picture(_held(scene.picture))
+            except BrokenPicture as error:
+                self.built.broken.append(Broken(row.where, str(error)))
+                continue
+            if caption := scene.caption or scene.text:
+                self._caption(caption)
+                self.built.captions += 1
+
+    def finish(self) -> None:
+        """The empty caption, which stands in for those that training drops; then writes what waits."""
+        if self.built.captions:
+            self._caption("")
+        self._write()
+        self.built.shards = self.cache.shards
+
+    def _picture(self, picture: Picture) -> None:
+        latents, tokens = self.keys.latents(picture), self.keys.image_tokens(picture)
+        needed = {key for key in (latents, tokens) if key is not None and self._lacks(key)}
+        if needed:
+            image = picture.open()
+            if latents in needed:
+                self._keep(latents, self._latents(image))
+            if tokens is not None and tokens in needed:
+                self._keep(tokens, self._tokens(image))
+        self.seen |= {latents} if tokens is None else {latents, tokens}
+        self.built.pictures += 1
+
+    def _caption(self, caption: str) -> None:
+        tokens, pooled = self.keys.target(caption), self.keys.pooled(caption)
+        needed = {key for key in (tokens, pooled) if key is not None and self._lacks(key)}
+        if needed:
+            answer = self.backbone.encode([caption])
+            if tokens in needed:
+                self._keep(tokens, answer.tokens[0])
+            if pooled is not None and pooled in needed and answer.pooled is not None:
+                self._keep(pooled, answer.pooled[0])
+        self.seen |= {tokens} if pooled is None else {tokens, pooled}
+
+    def _lacks(self, key: str) -> bool:
+        if key in self.seen:
+            return False
+        self.built.there += key in self.cache
+        return key not in self.cache
+
+    def _latents(self, image: Image.Image) -> Tensor:
+        return self.backbone.latents([fitted(image, self.keys.side)])[0]
+
+    def _tokens(self, image: Image.Image) -> Tensor:
+        assert self.llm is not None
+        tokens = self.llm.see(picture_tensor(image))
+        assert tokens is not None
+        return tokens
+
+    def _keep(self, key: str, value: Tensor) -> None:
+        self.waiting[key] = value.cpu()
+        self.size += value.nbytes
+        self.built.computed += 1
+        if self.size >= MOST_BYTES or len(self.waiting) >= MOST_VALUES:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.waiting:
+            return
+        try:
+            self.cache.add(self.waiting)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"a shard of the feature cache could not be written ({error}). What was written before is safe in "
+                f"{self.cache.folder}. Make room, then give the same command: it goes on from there."
+            ) from error
+        self.waiting, self.size = {}, 0
+        self.built.written += 1
+
+
+def _held(picture: Picture) -> Picture:
+    """The picture with its file's bytes, so that key and value are of the same ones whoever writes meanwhile."""
+    if picture.content is not None:
+        return picture
+    try:
+        return replace(picture, content=Path(str(picture.path)).read_bytes())
+    except FileNotFoundError as error:
+        raise BrokenPicture(f"{picture.name} is missing") from error
+    except OSError as error:
+        raise BrokenPicture(f"{picture.name} cannot be read: {error}") from error
+
+
+def summary(built: Built, path: Path, out: Path) -> str:
+    """The report as text."""
+    size = sum(shard.stat().st_size for shard in built.shards) / 1e6
+    lines = [
+        f"{path}: {built.pictures} pictures and {built.captions} captions usable, {len(built.broken)} broken",
+        f"{built.computed} features computed, {built.there} already there; {built.written} shards written",
+        f"{out}: {len(built.shards)} shards, {size:.1f} MB",
+    ]
+    lines += [f"ignored  {file.name}: {why}" for file, why in built.ignored.items()]
+    lines += [f"broken  {row.where}: {row.why}" for row in built.broken[:SHOWN_BROKEN]]
+    if len(built.broken) > SHOWN_BROKEN:
+        lines.append(f"... and {len(built.broken) - SHOWN_BROKEN} more broken rows or pictures")
+    if not built.pictures:
+        lines.append("Nothing here can be trained on.")
+    return "\n".join(lines)

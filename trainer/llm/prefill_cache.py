@@ -1,0 +1,114 @@
+"""What stands before a voken block, with its keys and values computed once.
+
+In stage 1 the LLM is frozen, so a caption, or a story up to one of its pictures, carries no gradient: its keys and
+values are computed once without it, and a training step runs the voken blocks alone. One pass over a story serves
+all its pictures.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.prompts import Turn, chat_text
+
+from ..storybook.world.state import State
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as ids, with the places where a picture belongs: (how many ids stand before it, what it shows)."""
+
+    ids: list[int]
+    pictures: list[tuple[int, State]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that stands before one picture.
+
+    `values` (layers, 2, heads, S, d) are the whole passage's keys and values, of which the first `length` positions
+    count; `last` (L,) is the state that predicts [IMG0].
+    """
+
+    values: Tensor
+    length: int
+    last: Tensor
+    state: State
+
+
+def caption_ids(llm: FrozenLLM, caption: str) -> list[int]:
+    """The ids up to where [IMG0] is predicted: the caption as a request, the reply still empty."""
+    return llm.encode(chat_text(llm, [Turn(caption)]))
+
+
+class ContextCache:
+    """The contexts of all passages, in order of length, so that a batch needs little padding."""
+
+    def __init__(
+        self, llm: FrozenLLM, passages: Sequence[Passage], batch: int = 8, dtype: torch.dtype = torch.float32
+    ) -> None:
+        ordered = sorted(passages, key=lambda passage: len(passage.ids))
+        self.contexts: list[Context] = []
+        with tqdm(total=len(ordered), desc="keys and values", mininterval=5) as bar:
+            for first in range(0, len(ordered), batch):
+                part = ordered[first : first + batch]
+                self.contexts += _contexts(llm, part, dtype)
+                bar.update(len(part))
+        self.contexts.sort(key=lambda context: context.length)
+
+    def draw(self, batch: int, chance: random.Random) -> list[Context]:
+        """`batch` contexts, drawn from a stretch of neighbours in length around a random one."""
+        reach = 4 * batch
+        middle = chance.randrange(len(self.contexts))
+        first = max(0, min(middle - reach // 2, len(self.contexts) - reach))
+        return chance.choices(self.contexts[first : first + reach], k=batch)
+
+
+@torch.no_grad()
+def _contexts(llm: FrozenLLM, passages: Sequence[Passage], dtype: torch.dtype) -> list[Context]:
+    rows = [torch.tensor(passage.ids, device=llm.device) for passage in passages]
+    # padding stands behind everything that counts, and attention is causal: no mask
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    output = llm.decoder(inputs_embeds=llm.embed(ids), use_cache=True)
+    layers = [torch.stack((layer.keys, layer.values), 1) for layer in output.past_key_values.layers]
+    values = torch.stack(layers, 1).to(dtype)  # (B, layers, 2, heads, S, d)
+    return [
+        Context(kept, length, output.last_hidden_state[row, length - 1].clone(), state)
+        for row, passage in enumerate(passages)
+        for kept in [values[row, :, :, :, : len(passage.ids)].clone()]
+        for length, state in passage.pictures
+    ]
+
+
+def block_states(llm: FrozenLLM, contexts: Sequence[Context]) -> Tensor:
+    """Voken states (B, V, L) behind cached contexts; the gradient reaches the voken rows only.
+
+    The state that predicts [IMG0] is the context's last one, so only [IMG0] .. [IMG(V-2)] are run.
+    """
+    lengths = torch.tensor([context.length for context in contexts], device=llm.device)
+    longest = int(lengths.max())
+    ids = torch.tensor(llm.voken_ids[:-1], device=llm.device).expand(len(contexts), -1)
+    positions = torch.arange(longest + ids.shape[1], device=llm.device)
+    shift = longest - lengths[:, None]  # contexts are padded in front
+    output = llm.decoder(
+        inputs_embeds=llm.embed(ids),
+        past_key_values=_past(contexts, longest),
+        attention_mask=(positions >= shift).long(),
+        position_ids=positions[longest:] - shift,
+        use_cache=True,
+    )
+    return torch.cat((torch.stack([c.last for c in contexts])[:, None], output.last_hidden_state), 1)
+
+
+def _past(contexts: Sequence[Context], longest: int) -> DynamicCache:
+    layers, two, heads, _, width = contexts[0].values.shape
+    values = contexts[0].last.new_zeros(layers, two, len(contexts), heads, longest, width)
+    for row, context in enumerate(contexts):
+        values[:, :, row, :, longest - context.length :] = context.values[:, :, :, : context.length]
+    return DynamicCache([(layer[0], layer[1]) for layer in values])

@@ -1,0 +1,240 @@
+"""Teaches the frozen LLM to see: trains an image encoder and its projector, and nothing else.
+
+    python -m trainer image-adapter --recipe trainer/recipes/storybook_image_adapter.toml --out runs/image_adapter
+
+First the image tokens are drawn to the LLM's own embeddings of the words of the picture's caption, which needs no pass
+through the LLM and so takes minutes; then they learn through the LLM, as it is told stories and asked for captions.
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.generate import Sampling, generate
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
+from minigpt5_core.llm_files import default_llm
+from minigpt5_core.losses import caption_loss
+from minigpt5_core.mapper import Mapper
+from minigpt5_core.prompts import chat_prompt
+from minigpt5_core.vision import (
+    ImageAdapterHeader,
+    ImageEncoder,
+    ImageEncoderConfig,
+    load_image_adapter,
+    picture_tensor,
+    save_image_adapter,
+)
+from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
+
+from ...common.progress import Progress, interrupts
+from ...common.provenance import package_version
+from ...diffusion import Targets, load_backbone
+from ...llm.sequences import story_losses, story_sequence, text_losses
+from ..world.render import render
+from ..world.state import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
+from ..world.stories import held_out_state, stories, training_state
+from ..world.visual_turns import caption_turns, questions, shown_turns, soft_pictures, told_scenes
+
+Save = Callable[[], None]
+CAPTION = re.compile(
+    rf"a ({'|'.join(HEROES)})(?: with a ({'|'.join(phrase for phrase, _ in PROPS.values())}))? "
+    rf"({'|'.join(place.caption for place in PLACES.values())}) ({'|'.join(BY_TIME.values())})"
+    rf"(?: and a ({'|'.join(COMPANIONS)}))?"
+)
+
+
+@dataclass(frozen=True)
+class ImageAdapterRecipe:
+    """Two legs: `word_steps` of `word_batch` pictures, then `story_steps` of `story_batch` stories and
+    `caption_batch` questions. `alignment_weight` counts what the mapper answers to the vokens behind a picture."""
+
+    llm: str = ""
+    adapter: str = "storybook/loras/storybook"
+    mapper: str = "storybook/voken_mappers/storybook.safetensors"
+    diffusion: str = "storybook/diffusers"
+    tokens: int = 16
+    word_steps: int = 2500
+    word_batch: int = 32
+    word_rate: float = 2e-3
+    story_steps: int = 300
+    story_batch: int = 2
+    caption_batch: int = 6
+    story_rate: float = 4e-4
+    alignment_weight: float = 1.0
+    pictures: int = 200
+    save_every: int = 50
+    seed: int = 0
+
+
+def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | None = None) -> dict[str, float]:
+    """Leaves `image_adapter.safetensors` in `out`, and returns the share of held-out captions right, by fact."""
+    torch.manual_seed(recipe.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(recipe.llm) if recipe.llm else default_llm()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mapper = load_mapper(Path(recipe.mapper))[0].to(device)
+    llm = load_adapter(load_llm(folder, mapper.config.vokens, device=device), Path(recipe.adapter))
+    encoder, earlier = _encoder(recipe, llm, start)
+    llm.image_encoder = encoder.to(device)
+    steps = f"{recipe.word_steps} + {recipe.story_steps}"
+    trained = {
+        "stage": "image adapter",
+        "steps": steps,
+        "seed": recipe.seed,
+        "data": "storybook",
+        "code": package_version("minigpt5"),
+    } | ({"from": earlier} if earlier else {})
+    header = ImageAdapterHeader(folder.name, llm.width, hash_weights(folder), trained)
+
+    def save() -> None:
+        save_image_adapter(out / IMAGE_ADAPTER, encoder, header)
+
+    _train_words(recipe, llm, save)
+    if recipe.story_steps:
+        _train_stories(recipe, llm, mapper.requires_grad_(False), save)
+    encoder.eval()
+    shares = caption_accuracy(llm, recipe.pictures)
+    print("captions:", "  ".join(f"{name} {share:.3f}" for name, share in shares.items()), f"in {out}")
+    return shares
+
+
+def _encoder(
+    recipe: ImageAdapterRecipe, llm: FrozenLLM, start: Path | None
+) -> tuple[ImageEncoder, dict[str, Any]]:
+    """A new encoder, or an earlier run's with what its header says of its training."""
+    if start is not None:
+        encoder, header = load_image_adapter(start / IMAGE_ADAPTER if start.is_dir() else start)
+        if header.llm_width != llm.width:
+            raise BadInputError(
+                f"--from {start} is for an LLM {header.llm_width} wide; this one is {llm.width}."
+            )
+        return encoder, header.trained
+    encoder = ImageEncoder(ImageEncoderConfig(llm.width, tokens=recipe.tokens))
+    words = sorted(
+        {token for state in _states(random.Random(0), 500) for token in llm.encode(state.caption())}
+    )
+    table = llm.embed(torch.tensor(words, device=llm.device)).detach().cpu()
+    encoder.mean.copy_(table.mean(0))
+    encoder.scale.copy_(table.std(0))
+    return encoder, {}
+
+
+def _states(draw: random.Random, count: int) -> list[State]:
+    return [training_state(draw) for _ in range(count)]
+
+
+def _train_words(recipe: ImageAdapterRecipe, llm: FrozenLLM, save: Save) -> None:
+    """The first leg: image token k is drawn to the embedding of the caption's token k, full stops behind the last."""
+    encoder = llm.image_encoder
+    assert isinstance(encoder, ImageEncoder)
+    draw = random.Random(f"words/{recipe.seed}")
+    count = encoder.config.tokens
+    stop = llm.encode(".")[0]
+
+    def step_loss() -> Tensor:
+        states = _states(draw, recipe.word_batch)
+        ids = [(llm.encode(state.caption()) + [stop] * count)[:count] for state in states]
+        target = llm.embed(torch.tensor(ids, device=llm.device)).detach()
+        return caption_loss(encoder(soft_pictures(states, draw).to(llm.device)), target, encoder.scale)
+
+    _optimise(encoder.train(), recipe.word_steps, recipe.word_rate, 10 * recipe.save_every, step_loss, save)
+
+
+def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, save: Save) -> None:
+    """The second leg: stories with pictures in them, and captions, through the frozen LLM and the frozen mapper."""
+    encoder = llm.image_encoder
+    assert isinstance(encoder, ImageEncoder)
+    some = [state.caption() for state in _states(random.Random(1), 500)]
+    targets = Targets(load_backbone(Path(recipe.diffusion)).to(llm.device), some)
+    draw = random.Random(f"stories/{recipe.seed}")
+    told = stories(recipe.seed + 1000)
+
+    def step_loss() -> Tensor:
+        batch = list(islice(told, recipe.story_batch))
+        told_turns = [shown_turns(llm, scenes, draw) for scenes in batch]
+        voken_states, text = story_losses(llm, [story_sequence(llm, turns) for turns in told_turns])
+        captions = [
+            scene.caption
+            for scenes, turns in zip(batch, told_turns, strict=True)
+            for scene in told_scenes(scenes, turns)
+        ]
+        alignment = targets.loss(mapper(voken_states), captions, standardised=True)
+        asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.caption_batch, draw)]
+        return text + recipe.alignment_weight * alignment + text_losses(llm, asked)
+
+    # batch statistics were learned from many pictures; a handful here would only blur them
+    _optimise(encoder.eval(), recipe.story_steps, recipe.story_rate, recipe.save_every, step_loss, save)
+
+
+def _optimise(
+    encoder: ImageEncoder,
+    steps: int,
+    rate: float,
+    save_every: int,
+    step_loss: Callable[[], Tensor],
+    save: Save,
+) -> None:
+    """One cycle of AdamW over the encoder; Ctrl-C ends the step, saves and is passed on."""
+    optimizer = torch.optim.AdamW(encoder.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(2, steps), pct_start=0.1)
+    progress = Progress(steps)
+    with interrupts() as interrupted:
+        for step in range(1, steps + 1):
+            loss = step_loss()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            progress.update(step, 1, loss=loss.item())
+            if step % save_every == 0 or step == steps or interrupted:
+                save()
+            if interrupted:
+                raise interrupted[0]
+
+
+def read_caption(text: str) -> State | None:
+    """What a caption of the world says; None for any other text."""
+    found = CAPTION.search(text)
+    if found is None:
+        return None
+    hero, prop, place, time, companion = found.groups()
+    return State(
+        hero,
+        next(name for name, value in PLACES.items() if value.caption == place),
+        next(name for name, value in BY_TIME.items() if value == time),
+        next((name for name, (phrase, _) in PROPS.items() if phrase == prop), None),
+        companion,
+    )
+
+
+@torch.no_grad()
+def caption_accuracy(llm: FrozenLLM, count: int, seed: int = 0) -> dict[str, float]:
+    """The share of facts right in the LLM's captions of fresh pictures, all of held-out combinations."""
+    draw = random.Random(f"captions test/{seed}")
+    states = [held_out_state(draw) for _ in range(count)]
+    right = dict.fromkeys(FACTS, 0)
+    for first in range(0, count, 20):
+        part = states[first : first + 20]
+        for state, said in zip(part, captions(llm, [render(state, draw) for state in part]), strict=True):
+            read = read_caption(said)
+            for name in FACTS:
+                right[name] += read is not None and getattr(read, name) == getattr(state, name)
+    return {name: value / count for name, value in right.items()}
+
+
+def captions(llm: FrozenLLM, pictures: Sequence[Image.Image]) -> list[str]:
+    """What the LLM says each picture shows."""
+    asking = Sampling(temperature=0.0, max_new_tokens=32, pictures="none")
+    images = [llm.see(picture_tensor(picture)) for picture in pictures]
+    prompts = [chat_prompt(llm, caption_turns(image)) for image in images if image is not None]
+    return [reply.text for reply in generate(llm, prompts, asking, [0] * len(prompts))]

@@ -1,0 +1,216 @@
+"""A training run's folder: states to go on from, what people watch meanwhile, and what explains it later.
+
+states/step_000200/   weights, optimiser, schedule, place in the data, random states; the newest few and the best
+metrics.jsonl         every step's losses; losses.png shows them; tensorboard/ has them too
+run.json              recipe, versions, commit, what the data was
+"""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from PIL import Image
+from safetensors import SafetensorError
+
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.mapper import Mapper
+from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
+
+from ..common.images import grid
+from ..common.progress import TrainingError
+from ..common.provenance import describe
+from ..llm.adapters import save_adapter
+from .build_mapper import recipe_space
+from .config import StageRecipe
+from .run_summary import card
+
+
+def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
+    """On whatever devices there are, with the recipe's tracker; one that is not installed is said and left out."""
+    tracker = recipe.tracker or None
+    if tracker and not find_spec(tracker):
+        print(
+            f"{tracker} is not installed: pip install {tracker}. metrics.jsonl and losses.png are written without it."
+        )
+        tracker = None
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        log_with=tracker,
+        project_dir=str(out),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise BadInputError(
+            f"accelerate is set up for {accelerator.distributed_type.value}, which would cut up what is trained. Leave "
+            "that out of accelerate's settings; a frozen LLM that is too large for a GPU is spread by shard_llm=true."
+        )
+    return accelerator
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew because one of them was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+class Run:
+    """A run's folder: states to resume from, previews, and at the end `mapper.safetensors` and `adapter/`.
+
+    Of several processes the first writes it. Started anew by torchrun, they go on from the newest state by themselves.
+    """
+
+    def __init__(
+        self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator, resume: bool
+    ) -> None:
+        self.recipe, self.out, self.stage, self.accelerator = recipe, out, stage, accelerator
+        self.states = out / "states"
+        if out.is_file() or any(parent.is_file() for parent in out.parents):
+            raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
+        self.resuming = resume or (restarted() and bool(self.kept()))
+        if accelerator.is_main_process:
+            self._begin()
+        accelerator.wait_for_everyone()
+        accelerator.init_trackers("tensorboard", config=_flat(asdict(recipe)))
+
+    @property
+    def shards(self) -> bool:
+        """Whether the LLM is spread over several processes, none of which can run it alone."""
+        return self.recipe.shard_llm and self.accelerator.num_processes > 1
+
+    @property
+    def llm_device(self) -> torch.device:
+        """Where the LLM is read to: what is to be spread has no room on one device."""
+        return torch.device("cpu") if self.shards else self.accelerator.device
+
+    def _begin(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.resuming:  # or a later --resume would go on from another run
+            shutil.rmtree(self.states, ignore_errors=True)
+            (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        text = json.dumps(describe(self.recipe, self.stage), indent=1) + "\n"
+        (self.out / "run.json").write_text(text, encoding="utf-8")
+
+    def resume(self) -> int:
+        """Loads the newest state; returns the step it was saved at."""
+        kept = self.kept()
+        if not kept:
+            raise BadInputError(
+                f"--resume: {self.out} holds no saved state. Leave --resume out to start anew."
+            )
+        step = max(kept)
+        self.accelerator.load_state(str(self._state(step)))
+        if self.accelerator.is_main_process:
+            lines = self.metrics()
+            text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+            (self.out / "metrics.jsonl").write_text(text)
+        return step
+
+    def kept(self) -> dict[int, float]:
+        """The states there are: the mean loss before each, by step."""
+        found = {}
+        for file in self.states.glob("step_*/step.json"):  # written last
+            values = json.loads(file.read_text())
+            found[values["step"]] = values["loss"]
+        return found
+
+    def _state(self, step: int) -> Path:
+        return self.states / f"step_{step:06d}"
+
+    def save_state(self, step: int, loss: float = math.inf) -> None:
+        """Writes the whole state beside its place and moves it there; then drops all but the newest few and the best.
+
+        TrainingError where it cannot be written, such as on a full disk; states from before stay as they are.
+        """
+        fresh, main = self.states / "fresh.tmp", self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(fresh))  # every process writes its random states
+            self.accelerator.wait_for_everyone()
+            if main:
+                (fresh / "step.json").write_text(json.dumps({"step": step, "loss": loss}))
+                shutil.rmtree(self._state(step), ignore_errors=True)
+                os.replace(fresh, self._state(step))
+                self._drop_old()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise TrainingError(
+                f"step {step}: the state could not be written ({error}). {self.safe()} Make room, then --resume."
+            ) from error
+        self.accelerator.wait_for_everyone()
+
+    def _drop_old(self) -> None:
+        kept = self.kept()
+        # before all losses have joined in, their sum is smaller and tells nothing
+        whole = [step for step in kept if self.recipe.draws(step)] or list(kept)
+        best = min(whole, key=lambda step: kept[step])
+        for step in sorted(kept)[: -self.recipe.keep]:
+            if step != best:
+                shutil.rmtree(self._state(step), ignore_errors=True)
+
+    def safe(self) -> str:
+        """What is safe if the run stops now."""
+        kept = self.kept()
+        if not kept:
+            return f"Nothing is saved yet in {self.out}."
+        return f"The state after step {max(kept)} is safe in {self.states}."
+
+    def log(self, step: int, losses: dict[str, float]) -> None:
+        """Keeps a step's losses."""
+        with (self.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **losses}) + "\n")
+        self.accelerator.log(losses, step=step)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All steps' losses so far."""
+        file = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+    def save_result(
+        self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
+    ) -> None:
+        """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
+        save_adapter(adapted, llm_folder, self.out / "adapter")
+        self.save_mapper(mapper, llm_folder, step, **notes)
+
+    def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
+        """Writes `mapper.safetensors` alone, and the run's model card."""
+        description = describe(self.recipe, self.stage)
+        trained = {
+            "stage": self.stage,
+            "steps": step,
+            "seed": self.recipe.seed,
+            "code": description["versions"]["minigpt5"],
+            **notes,
+        }
+        header = MapperHeader(
+            recipe_space(self.recipe),
+            llm_folder.name,
+            mapper.config.llm_width,
+            hash_weights(llm_folder),
+            trained,
+        )
+        (self.out / "README.md").write_text(card(description, self.metrics()), encoding="utf-8")
+        save_mapper(self.out / "mapper.safetensors", mapper, header)
+
+    def preview(self, step: int, pictures: list[Image.Image]) -> None:
+        """Lays pictures of fixed prompts side by side."""
+        if not self.accelerator.is_main_process:
+            return
+        grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """What a tracker can show: the rest as text."""
+    return {
+        name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()
+    }
