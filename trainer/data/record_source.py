@@ -1,30 +1,34 @@
-"""Where training examples come from: the storybook's world, or records of a data set, each turned into LLM turns."""
+"""Records of a data set in one of the formats, each turned into LLM turns by one of the tasks."""
 
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import Turn
+from minigpt5_core.prompts import NEXT, Turn
 from minigpt5_core.vision import picture_tensor
 
-from ..feature_cache.cache import CachedFeatures
+from .formats import read
 from .records import BrokenPicture, Picture, Record, Scene
-from .source import ALL, Example, Share, Shown, new_seed
+from .source import WHOLE, Example, Features, Passage, PictureTarget, Shard, new_seed
 from .stream import Stream
 from .tasks import TASKS, Task, Tools
 
+PREVIEWED_CAPTIONS, PREVIEWED_STORIES, PREVIEWED_SCENES = 8, 2, 4
+
 
 class RecordSource:
-    """Records of a data set, each by one of the tasks, drawn by weight.
+    """Records of a data set, each by one of the tasks, drawn by weight; a `DataSource`.
 
     A record that its task has no use for is counted in `unused` and the next one is taken. One with a picture that
     cannot be decoded is counted there too, and its batch is one smaller: only the process whose example it is
-    decodes it, and what the others are given must not change by that.
+    decodes it, and what the others are given must not change by that. With `previews_stories` previews show the first
+    scenes of two stories, else single captions.
     """
 
     def __init__(
@@ -33,7 +37,8 @@ class RecordSource:
         stream: Stream,
         tasks: dict[str, Task],
         shown_share: float = 0.5,
-        features: CachedFeatures | None = None,
+        features: Features | None = None,
+        previews_stories: bool = False,
     ) -> None:
         if unknown := set(tasks) - set(TASKS):
             raise BadInputError(f"tasks: unknown {', '.join(sorted(unknown))}. Known: {', '.join(TASKS)}.")
@@ -42,26 +47,32 @@ class RecordSource:
                 "tasks: understanding needs an LLM that sees. Set image_adapter, or leave it out."
             )
         self.llm, self.stream, self.tasks, self.shown_share = llm, stream, tasks, shown_share
-        self.features = features
+        self.features, self.previews_stories = features, previews_stories
         self.records: Iterator[Record] = iter(stream)
         self.unused = 0
 
-    def draw(self, count: int, chance: random.Random, share: Share = ALL) -> list[Example]:
+    @property
+    def name(self) -> str:
+        """The data set's own name, without its folder."""
+        return self.stream.path.name
+
+    def sample(self, count: int, rng: random.Random, shard: Shard = WHOLE) -> dict[str, list[Example]]:
+        """The next `count` records as examples, all with the text loss "text"."""
         examples = []
         for index in range(count):
-            turns, scenes, own = self._made(chance)
-            if not share.has(index):
+            turns, scenes, own = self._next_example(rng)
+            if not shard.has(index):
                 continue
             try:
-                examples.append(self._example(turns, scenes, own))
+                examples.append(self._decode(turns, scenes, own))
             except BrokenPicture:
                 self.unused += 1
-        return examples
+        return {"text": examples}
 
-    def _made(self, chance: random.Random) -> tuple[list[Turn], list[Scene], random.Random]:
+    def _next_example(self, rng: random.Random) -> tuple[list[Turn], list[Scene], random.Random]:
         """The next record that its task has a use for, as turns whose pictures are not decoded yet."""
         while True:
-            record, own = next(self.records), random.Random(new_seed(chance))
+            record, own = next(self.records), random.Random(new_seed(rng))
             names = list(self.tasks)
             name = own.choices(names, [self.tasks[name].weight for name in names])[0]
             see = (lambda picture: picture) if self.llm.sees else (lambda picture: None)
@@ -72,39 +83,62 @@ class RecordSource:
                 return *made, own
             self.unused += 1
 
-    def _example(self, turns: list[Turn], scenes: list[Scene], own: random.Random) -> Example:
+    def _decode(self, turns: list[Turn], scenes: list[Scene], own: random.Random) -> Example:
         seen = [
             replace(turn, shown=self._see(turn.shown)) if isinstance(turn.shown, Picture) else turn
             for turn in turns
         ]
-        return Example(seen, [self._shown(scene, new_seed(own)) for scene in scenes])
+        return Example(seen, [self._target(scene, new_seed(own)) for scene in scenes])
 
     def _see(self, picture: Picture) -> Tensor | None:
         kept = self.features.image_tokens(picture) if self.features else None
         return self.llm.see(picture_tensor(picture.open())) if kept is None else kept
 
-    def _shown(self, scene: Scene, seed: int) -> Shown:
+    def _target(self, scene: Scene, seed: int) -> PictureTarget:
         """With the picture decoded, or its latents: a broken one is found out here."""
         picture = scene.picture
         assert picture is not None
         latents = self.features.latents(picture) if self.features else None
         image = picture.open() if latents is None else None
-        return Shown(scene.caption or scene.text, lambda own: image or picture.open(), seed, latents)
+        return PictureTarget(
+            scene.caption or scene.text, lambda own: image or picture.open(), seed, latents
+        )
 
     def captions(self, count: int) -> list[str]:
+        """Those of the first records of an epoch."""
         fresh = Stream(self.stream.path, self.stream.layout, self.stream.seed)
         found: list[str] = []
         for record in fresh:
-            said = [scene.caption or scene.text for scene in record.scenes if scene.picture]
-            found += [text for text in said if text]
+            found += _captions(record)
             if len(found) >= count or fresh.epoch:
                 return found[:count]
         raise AssertionError("a stream does not end")
 
+    def passages(self) -> list[Passage] | None:
+        """None: a data set may be too large to keep all its keys and values."""
+        return None
+
+    def previews(self) -> list[list[Turn]]:
+        """The data set's first captions, or the first scenes of its first stories."""
+        rows = (row for row in read(self.stream.path, self.stream.layout) if isinstance(row, Record))
+        if not self.previews_stories:
+            captions = (text for record in rows for text in _captions(record))
+            return [[Turn(text, "")] for text in islice(captions, PREVIEWED_CAPTIONS)]
+        stories = ([Turn(NEXT, s.text) for s in row.scenes if s.picture and s.text] for row in rows)
+        found = islice((turns for turns in stories if turns), PREVIEWED_STORIES)
+        return [turns[:PREVIEWED_SCENES] for turns in found]
+
     def state_dict(self) -> dict[str, Any]:
+        """The stream's place, and how many records were of no use so far."""
         return {"stream": self.stream.state_dict(), "unused": self.unused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on right behind where `state` was taken."""
         self.stream.load_state_dict(state["stream"])
         self.unused = state["unused"]
         self.records = iter(self.stream)
+
+
+def _captions(record: Record) -> list[str]:
+    """What the record's pictures show, for those of which it is known."""
+    return [text for scene in record.scenes if scene.picture and (text := scene.caption or scene.text)]

@@ -18,15 +18,15 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.pipeline import load_diffusion
 
 from ..data.source import Features
-from .base import Backbone
+from .base import FrozenDiffusion
 from .flow import Flux, Sd3
 from .picture_size import check_picture_size
-from .text_targets import Targets
+from .text_targets import TextTargets
 from .unet import Sd, Sdxl
 
-__all__ = ["FAMILIES", "Backbone", "Features", "Targets", "check_picture_size", "load_backbone"]
+__all__ = ["FAMILIES", "FrozenDiffusion", "Features", "TextTargets", "check_picture_size", "load_frozen_diffusion"]
 
-FAMILIES: dict[type, type[Backbone]] = {
+FAMILIES: dict[type, type[FrozenDiffusion]] = {
     StableDiffusionPipeline: Sd,
     StableDiffusionXLPipeline: Sdxl,
     StableDiffusion3Pipeline: Sd3,
@@ -34,7 +34,7 @@ FAMILIES: dict[type, type[Backbone]] = {
 }
 
 
-def load_backbone(folder: Path, precision: str = "float32", picture_size: int = 0) -> Backbone:
+def load_frozen_diffusion(folder: Path, precision: str = "float32", picture_size: int = 0) -> FrozenDiffusion:
     """The model of a diffusers folder, frozen, in "float32" or "bf16", for pictures of a size (0: its own).
 
     BadInputError when there is none, or one of another kind, or it cannot take pictures of that size.

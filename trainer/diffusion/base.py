@@ -17,21 +17,21 @@ from ..data.source import Features
 from .picture_size import check_picture_size
 
 
-class Backbone:
+class FrozenDiffusion:
     """A frozen pipeline, on its device and in its precision, float32 or bf16; losses are in float32 all the same.
 
     `features` are asked before it answers. `picture_size` is that of the pictures it is trained with, in pixels (0: its
     own); BadInputError for one that it cannot take.
 
     `needed` are the text encoders without which there is no answer. `pools`: whether they give a pooled vector too.
-    `guidance` is that of previews. `joined` tells what answers follow from besides text encoders and token ids, where
+    `guidance` is that of previews. `answer_settings` says what answers follow from besides text encoders and token ids, where
     there is something.
     """
 
     needed: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     pools = True
     guidance = 3.0
-    joined = ""
+    answer_settings = ""
 
     def __init__(self, pipeline: DiffusionPipeline, picture_size: int = 0) -> None:
         if lacking := [name for name in self.needed if getattr(pipeline, name) is None]:
@@ -44,7 +44,7 @@ class Backbone:
         self.features: Features | None = None
 
     @property
-    def network(self) -> Any:
+    def denoiser(self) -> Any:
         """The part that predicts noise or velocity."""
         return self.pipeline.unet
 
@@ -56,9 +56,9 @@ class Backbone:
     @property
     def own_side(self) -> int:
         """Of the pictures it was trained on, in pixels."""
-        return self.network.config.sample_size * self.pipeline.vae_scale_factor
+        return self.denoiser.config.sample_size * self.pipeline.vae_scale_factor
 
-    def to(self, device: torch.device) -> "Backbone":
+    def to(self, device: torch.device) -> "FrozenDiffusion":
         self.pipeline.to(device)
         return self
 
@@ -87,9 +87,9 @@ class Backbone:
     @torch.no_grad()
     def _encode(self, texts: Sequence[str]) -> Conditioning:
         with torch.autocast(self.pipeline.device.type, enabled=False):
-            return self.ask(list(texts))
+            return self.encode_prompt(list(texts))
 
-    def ask(self, texts: list[str]) -> Conditioning:
+    def encode_prompt(self, texts: list[str]) -> Conditioning:
         """As `encode`, of the pipeline's own `encode_prompt`."""
         raise NotImplementedError
 
@@ -102,26 +102,26 @@ class Backbone:
         with torch.autocast(self.pipeline.device.type, enabled=False):
             return encode_pictures(self.pipeline.vae, pictures)
 
-    def times(self, generators: Sequence[torch.Generator]) -> Tensor:
+    def timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
         """One drawn moment of the noising for each sample, (B,), as `loss` takes them; from generators on the CPU."""
         raise NotImplementedError
 
     def loss(
-        self, answer: Conditioning, latents: Tensor, noise: Tensor, times: Tensor, gamma: float
+        self, answer: Conditioning, latents: Tensor, noise: Tensor, timesteps: Tensor, gamma: float
     ) -> Tensor:
-        """How wrong the model is under a conditioning about latents that were noised to `times` (B,).
+        """How wrong the model is under a conditioning about latents that were noised to `timesteps` (B,).
 
         `gamma` is that of min-SNR, for the families that are weighed by it.
         """
         raise NotImplementedError
 
     @torch.no_grad()
-    def draw(self, positive: Conditioning, negative: Conditioning, seed: int = 0) -> list[Image.Image]:
+    def generate(self, positive: Conditioning, negative: Conditioning, seed: int = 0) -> list[Image.Image]:
         """A picture for each conditioning, guided away from the one negative; drawn one by one, to save memory."""
         generator = torch.Generator().manual_seed(seed)
         return [
             self.pipeline(
-                **prompt_arguments(_batch_of_one(positive, index), negative, self.network.dtype),
+                **prompt_arguments(_batch_of_one(positive, index), negative, self.denoiser.dtype),
                 height=self.side,
                 width=self.side,
                 num_inference_steps=15,

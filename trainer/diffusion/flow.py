@@ -17,19 +17,19 @@ from torch import Tensor
 from minigpt5_core.conditioning import SPACES, Conditioning
 from minigpt5_core.losses import flow_loss
 
-from .base import Backbone, padded_ids
+from .base import FrozenDiffusion, padded_ids
 
 
-class Flow(Backbone):
+class Flow(FrozenDiffusion):
     """What the families of this kind share. T5 reads `t5_tokens` of a caption, the rest being padding, which counts."""
 
     t5_tokens: int
 
     @property
-    def network(self) -> Any:
+    def denoiser(self) -> Any:
         return self.pipeline.transformer
 
-    def times(self, generators: Sequence[torch.Generator]) -> Tensor:
+    def timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
         normal = torch.cat([torch.randn(1, generator=one) for one in generators])
         return torch.sigmoid(normal + self.shift())
 
@@ -44,12 +44,12 @@ class Flow(Backbone):
         )
 
     def loss(
-        self, answer: Conditioning, latents: Tensor, noise: Tensor, times: Tensor, gamma: float
+        self, answer: Conditioning, latents: Tensor, noise: Tensor, timesteps: Tensor, gamma: float
     ) -> Tensor:
-        share = times[:, None, None, None]
+        share = timesteps[:, None, None, None]
         noisy = (1 - share) * latents + share * noise
-        dtype = self.network.dtype
-        return flow_loss(self.predict(noisy.to(dtype), times, answer.to(dtype)), latents, noise)
+        dtype = self.denoiser.dtype
+        return flow_loss(self.predict(noisy.to(dtype), timesteps, answer.to(dtype)), latents, noise)
 
     def predict(self, noisy: Tensor, sigma: Tensor, answer: Conditioning) -> Tensor:
         """The velocity at noisy latents (B, C, h, w), of the same shape; both and `answer` in the model's precision."""
@@ -68,7 +68,7 @@ class Sd3(Flow):
 
     def __init__(self, pipeline: DiffusionPipeline, picture_size: int = 0) -> None:
         super().__init__(pipeline, picture_size)
-        self.joined = f"{77 + self.t5_tokens} x {self.network.config.joint_attention_dim}"
+        self.answer_settings = f"{77 + self.t5_tokens} x {self.denoiser.config.joint_attention_dim}"
 
     def token_ids(self, text: str) -> list[list[int]]:
         clip = [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
@@ -77,7 +77,7 @@ class Sd3(Flow):
             ids.append(padded_ids(self.pipeline.tokenizer_3, text, self.t5_tokens))
         return ids
 
-    def ask(self, texts: list[str]) -> Conditioning:
+    def encode_prompt(self, texts: list[str]) -> Conditioning:
         tokens, _, pooled, _ = self.pipeline.encode_prompt(
             texts, None, None, device=self.pipeline.device, do_classifier_free_guidance=False,
             max_sequence_length=self.t5_tokens,
@@ -86,7 +86,7 @@ class Sd3(Flow):
 
     def predict(self, noisy: Tensor, sigma: Tensor, answer: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
-        return self.network(noisy, answer.tokens, answer.pooled, timestep).sample
+        return self.denoiser(noisy, answer.tokens, answer.pooled, timestep).sample
 
 
 class Flux(Flow):
@@ -111,7 +111,7 @@ class Flux(Flow):
             padded_ids(self.pipeline.tokenizer_2, text, self.t5_tokens),
         ]
 
-    def ask(self, texts: list[str]) -> Conditioning:
+    def encode_prompt(self, texts: list[str]) -> Conditioning:
         tokens, pooled, _ = self.pipeline.encode_prompt(
             texts, device=self.pipeline.device, max_sequence_length=self.t5_tokens
         )
@@ -119,8 +119,8 @@ class Flux(Flow):
 
     def predict(self, noisy: Tensor, sigma: Tensor, answer: Conditioning) -> Tensor:
         batch, channels, height, width = noisy.shape
-        guided = self.network.config.guidance_embeds
-        packed = self.network(
+        guided = self.denoiser.config.guidance_embeds
+        packed = self.denoiser(
             FluxPipeline._pack_latents(noisy, batch, channels, height, width),
             answer.tokens,
             answer.pooled,

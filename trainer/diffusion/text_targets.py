@@ -7,28 +7,28 @@ from torch import Tensor
 from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.losses import Statistics, caption_loss
 
-from .base import Backbone
+from .base import FrozenDiffusion
 
 
-class Targets:
+class TextTargets:
     """What the mapper should answer: the text encoders on the full caption; and their spread over many captions."""
 
-    def __init__(self, backbone: Backbone, captions: Sequence[str]) -> None:
-        self.backbone = backbone
+    def __init__(self, diffusion: FrozenDiffusion, captions: Sequence[str]) -> None:
+        self.diffusion = diffusion
         tokens, pooled = Statistics(smallest=1e-2), Statistics(smallest=1e-2)
         for first in range(0, len(captions), 64):
-            answer = backbone.encode(captions[first : first + 64])
+            answer = diffusion.encode(captions[first : first + 64])
             tokens.add(answer.tokens)
             if answer.pooled is not None:
                 pooled.add(answer.pooled[:, None])
-        self.mean, self.deviation = tokens.mean, tokens.deviation
-        self.pooled_deviation = pooled.deviation if backbone.pools else None
+        self.mean, self.std = tokens.mean, tokens.deviation
+        self.pooled_std = pooled.deviation if diffusion.pools else None
 
     def loss(self, answer: Conditioning, texts: Sequence[str], standardised: bool) -> Tensor:
         """The distance of the mapper's answer from theirs, tokens and pooled counted alike."""
-        wanted = self.backbone.encode(texts)
-        loss = caption_loss(answer.tokens, wanted.tokens, self.deviation if standardised else None)
+        wanted = self.diffusion.encode(texts)
+        loss = caption_loss(answer.tokens, wanted.tokens, self.std if standardised else None)
         if answer.pooled is None or wanted.pooled is None:
             return loss
-        scale = self.pooled_deviation if standardised else None
+        scale = self.pooled_std if standardised else None
         return loss + caption_loss(answer.pooled[:, None], wanted.pooled[:, None], scale)

@@ -11,10 +11,10 @@ from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import compute_snr, diffusion_loss
 
-from .base import Backbone
+from .base import FrozenDiffusion
 
 
-class Sd(Backbone):
+class Sd(FrozenDiffusion):
     """SD 1.5 and SD 2.1. Timesteps are drawn evenly; the loss is weighed by min-SNR."""
 
     needed: tuple[str, ...] = ("text_encoder",)
@@ -31,30 +31,30 @@ class Sd(Backbone):
             )
         self.velocity = kind == "v_prediction"
 
-    def ask(self, texts: list[str]) -> Conditioning:
-        return Conditioning(self._ask_pipeline(texts)[0])
+    def encode_prompt(self, texts: list[str]) -> Conditioning:
+        return Conditioning(self._encode_with_pipeline(texts)[0])
 
-    def _ask_pipeline(self, texts: list[str]) -> Any:
+    def _encode_with_pipeline(self, texts: list[str]) -> Any:
         return self.pipeline.encode_prompt(
             texts, device=self.pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
 
-    def times(self, generators: Sequence[torch.Generator]) -> Tensor:
+    def timesteps(self, generators: Sequence[torch.Generator]) -> Tensor:
         most = self.noise.config.num_train_timesteps
         return torch.cat([torch.randint(0, most, (1,), generator=one) for one in generators])
 
     def loss(
-        self, answer: Conditioning, latents: Tensor, noise: Tensor, times: Tensor, gamma: float
+        self, answer: Conditioning, latents: Tensor, noise: Tensor, timesteps: Tensor, gamma: float
     ) -> Tensor:
-        dtype = self.network.dtype
+        dtype = self.denoiser.dtype
         given = answer.to(dtype)
-        noisy = self.noise.add_noise(latents, noise, times).to(dtype)
-        predicted = self.network(noisy, times, given.tokens, **self.besides(given)).sample
-        target = self.noise.get_velocity(latents, noise, times) if self.velocity else noise
-        snr = compute_snr(self.noise.alphas_cumprod, times)
+        noisy = self.noise.add_noise(latents, noise, timesteps).to(dtype)
+        predicted = self.denoiser(noisy, timesteps, given.tokens, **self.added_inputs(given)).sample
+        target = self.noise.get_velocity(latents, noise, timesteps) if self.velocity else noise
+        snr = compute_snr(self.noise.alphas_cumprod, timesteps)
         return diffusion_loss(predicted, target, snr, gamma, self.velocity)
 
-    def besides(self, answer: Conditioning) -> dict[str, Any]:
+    def added_inputs(self, answer: Conditioning) -> dict[str, Any]:
         """What the UNet is given besides tokens."""
         return {}
 
@@ -65,11 +65,11 @@ class Sdxl(Sd):
     needed = ("text_encoder", "text_encoder_2")
     pools = True
 
-    def ask(self, texts: list[str]) -> Conditioning:
-        found = self._ask_pipeline(texts)
+    def encode_prompt(self, texts: list[str]) -> Conditioning:
+        found = self._encode_with_pipeline(texts)
         return Conditioning(found[0], found[2])
 
-    def besides(self, answer: Conditioning) -> dict[str, Any]:
+    def added_inputs(self, answer: Conditioning) -> dict[str, Any]:
         # as a picture that was neither scaled nor cropped: original size, corner, size; bf16 would round some
         sizes = answer.tokens.new_tensor(
             [[self.side, self.side, 0, 0, self.side, self.side]], dtype=torch.float32

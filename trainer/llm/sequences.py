@@ -12,7 +12,7 @@ from minigpt5_core.losses import IGNORED, voken_loss
 from minigpt5_core.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts, gather_voken_states
 
-from ..data.source import Shown
+from ..data.source import PictureTarget
 from .fsdp import is_sharded
 
 
@@ -29,37 +29,41 @@ class StorySequence:
     images: list[Tensor] = field(default_factory=list)
 
     @property
-    def asked(self) -> int:
+    def labelled(self) -> int:
         """How many ids the LLM should have written."""
         return sum(label != IGNORED for label in self.labels)
 
 
 @dataclass(frozen=True)
-class Told:
+class TextBatch:
     """Sequences by the name of their text loss, each name a batch of its own, padded by itself; and what their blocks
-    should show, in order. With `drawn` the pictures' diffusion loss is asked for."""
+    should show, in order. `uses_diffusion_loss` asks for the pictures' diffusion loss too."""
 
     sequences: dict[str, list[StorySequence]]
-    shows: list[Shown]
-    drawn: bool
+    targets: list[PictureTarget]
+    uses_diffusion_loss: bool
 
     def counts(self) -> dict[str, int]:
         """How many ids each text loss is a mean over."""
-        return {name: sum(one.asked for one in some) for name, some in self.sequences.items()}
+        return {name: sum(one.labelled for one in some) for name, some in self.sequences.items()}
 
 
-def told_losses(
-    llm: FrozenLLM, told: Told, picture_losses: Callable[[Tensor, Sequence[Shown], bool], dict[str, Tensor]]
+def batch_losses(
+    llm: FrozenLLM,
+    batch: TextBatch,
+    picture_losses: Callable[[Tensor, Sequence[PictureTarget], bool], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
     """The text losses and the pictures' losses, one forward of the LLM for each name."""
     states, losses = [], {}
-    for name, sequences in told.sequences.items():
+    for name, sequences in batch.sequences.items():
         if sequences:
             found, losses[name] = story_losses(llm, sequences)
             states.append(found)
         elif is_sharded(llm):
             losses[name] = _idle(llm)
-    return losses | picture_losses(torch.cat(states), told.shows, told.drawn) if states else losses
+    if not states:
+        return losses
+    return losses | picture_losses(torch.cat(states), batch.targets, batch.uses_diffusion_loss)
 
 
 def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:

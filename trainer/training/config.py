@@ -1,75 +1,156 @@
-"""The settings that the stages share."""
+"""The settings that the stages share, a table each: [model], [data], [optim], [loss], [run].
+
+Loss weights are the published ones (arXiv 2310.02239, section 3.3); learning rates are our own.
+"""
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, ClassVar
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.pipeline import DIFFUSION_PRECISIONS
 
 from ..common.recipe import build_recipe
-from ..data.stream import Stream
 from ..data.tasks import Task
 
-COUNTS = ("steps", "batch", "accumulation", "vokens", "tokens", "preview_every", "save_every", "keep")
+
+def one_of(table: Any, **known: tuple[str, ...]) -> None:
+    """BadInputError unless each named setting has one of its known values."""
+    for name, values in known.items():
+        if getattr(table, name) not in values:
+            raise BadInputError(f"{name} is {getattr(table, name)!r}; it can be {' or '.join(values)}.")
+
+
+def at_least_one(table: Any, *names: str) -> None:
+    """BadInputError unless each named count is 1 or more."""
+    for name in names:
+        if getattr(table, name) < 1:
+            raise BadInputError(f"{name} is {getattr(table, name)}; it must be 1 or more.")
 
 
 @dataclass(frozen=True)
-class StageRecipe:
-    """Settings both stages know. Loss weights are the published ones; rates are our own.
+class ModelConfig:
+    """The frozen models, and the mapper between them.
 
-    `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published).
-    `tokens` is how many the mapper answers with; caption alignment needs the text encoder's own number.
-    `min_snr_gamma` is for models that predict noise or velocity at a timestep; SD3 and Flux are weighed by their draw.
+    `llm` is a Hugging Face folder or GGUF file (empty: the default LLM), `llm_precision` how its weights are held:
+    "float32", "bf16", or "4bit" (NF4, needs bitsandbytes); `shard_llm` spreads its layers over the processes (FSDP).
+    `diffusion` is a diffusers folder, `diffusion_precision` "float32" or "bf16"; losses are in float32 all the same.
     `picture_size` is the side of the pictures it is trained with and of previews, in pixels (0: the model's own).
-    `image_from` is the share of the steps after which the diffusion loss joins in.
 
-    `data` is a data set's annotation file or folder in one of the formats that `python -m trainer data check` knows
-    (empty: the storybook's world), `tasks` how often each task is drawn and with which wordings, `cache` a folder that
-    `python -m trainer data cache` has filled.
-
-    `batch` counts the examples of a step over all processes; each process takes its share in `accumulation` parts,
-    one after the other. The gradient is the same however it is split. `precision` is "float32" or "bf16" (autocast);
-    `llm_precision` how the frozen LLM is held: "float32", "bf16", or "4bit" (NF4); `shard_llm` spreads its layers over
-    the processes; `diffusion_precision` how the frozen diffusion model is, "float32" or "bf16", the losses being in
-    float32 all the same. "4bit" and the `optimizer` "adamw8bit" need bitsandbytes. `ema_decay` above 0 averages what is
-    trained over the steps, and the average is the result.
-
-    Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
-    "tensorboard", "wandb" or empty.
+    `mapper` is "compact", "connector" or "reference"; it turns `vokens` states into `tokens` tokens of the conditioning
+    `space`. Caption alignment needs the text encoder's own number of tokens.
     """
 
     llm: str = ""
+    llm_precision: str = "float32"
+    shard_llm: bool = False
     diffusion: str = "storybook/diffusers"
+    diffusion_precision: str = "float32"
+    picture_size: int = 0
     space: str = "storybook"
     mapper: str = "compact"
     vokens: int = 8
     tokens: int = 77
+
+    def __post_init__(self) -> None:
+        one_of(
+            self,
+            llm_precision=("float32", "bf16", "4bit"),
+            diffusion_precision=tuple(DIFFUSION_PRECISIONS),
+        )
+        at_least_one(self, "vokens", "tokens")
+        if self.shard_llm and self.llm_precision == "4bit":
+            raise BadInputError(
+                "shard_llm does not go with llm_precision=4bit, whose weights cannot be spread. In 4 bits an LLM of 30 "
+                "billion parameters fits on 24 GB; else set llm_precision=bf16."
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    `path` (flat: `data`) is a data set's annotation file or folder in one of the formats that `python -m trainer data
+    check` knows (empty: the storybook's world), `tasks` how often each task is drawn and with which wordings, `cache` a
+    folder that `python -m trainer data cache` has filled.
+    """
+
+    path: str = ""
+    format: str = "jsonl"
+    tasks: dict = field(default_factory=dict)
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        if self.cache and not self.path:
+            raise BadInputError(
+                "cache is set, but data is not: the storybook's world is drawn afresh each time."
+            )
+
+    def task_list(self, default: str) -> dict[str, Task]:
+        """The tasks that are named, or the stage's own."""
+        named = self.tasks or {default: {}}
+        return {name: build_recipe(Task, values, f"tasks.{name}") for name, values in named.items()}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How it learns.
+
+    `batch` counts the examples of a step over all processes; each process takes its share in `accumulation` parts, one
+    after the other. The gradient is the same however it is split. `precision` is "float32" or "bf16" (autocast). The
+    `optimizer` is "adamw" or "adamw8bit" (needs bitsandbytes). Learning rates rise over the `warmup` share of the steps
+    and fall as a cosine. `ema_decay` above 0 averages what is trained over the steps, and the average is the result.
+    `gradient_checkpointing` trades half as much time again for the memory of all layers but one.
+    """
+
     steps: int = 500
     batch: int = 16
     accumulation: int = 1
     precision: str = "float32"
-    llm_precision: str = "float32"
-    diffusion_precision: str = "float32"
-    shard_llm: bool = False
     optimizer: str = "adamw"
-    gradient_checkpointing: bool = False
-    ema_decay: float = 0.0
-    mapper_rate: float = 1e-3
-    row_rate: float = 4e-3
+    mapper_lr: float = 1e-3
+    voken_lr: float = 4e-3
     weight_decay: float = 0.0
     warmup: float = 0.05
+    ema_decay: float = 0.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        one_of(self, precision=("float32", "bf16"), optimizer=("adamw", "adamw8bit"))
+        at_least_one(self, "steps", "batch", "accumulation")
+        if not 0 <= self.ema_decay < 1:
+            raise BadInputError(f"ema_decay is {self.ema_decay:g}; it must be 0 (off) or more, and below 1.")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: text, caption and image (diffusion) loss, weighed.
+
+    `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published). `image_from`
+    is the share of the steps after which the diffusion loss joins in. `min_snr_gamma` is for models that predict noise
+    or velocity at a timestep; for SD3 and Flux the draw of the timestep is the weight. `dropout` is the share of the
+    samples whose voken states are replaced by zeros, for classifier-free guidance.
+    """
+
     text_weight: float = 0.01
     image_weight: float = 1.0
     caption_weight: float = 0.1
     caption_target: str = "standardised"
     image_from: float = 0.5
-    picture_size: int = 0
     min_snr_gamma: float = 5.0
     dropout: float = 0.1
-    data: str = ""
-    format: str = "jsonl"
-    tasks: dict = field(default_factory=dict)
-    cache: str = ""
+
+    def __post_init__(self) -> None:
+        one_of(self, caption_target=("standardised", "raw"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is seen and kept of a run.
+
+    Every `save_every` steps a state is saved; the newest `keep` of them and the best one stay. `tracker` is
+    "tensorboard", "wandb" or empty.
+    """
+
     preview_every: int = 200
     save_every: int = 200
     keep: int = 2
@@ -77,45 +158,26 @@ class StageRecipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = {
-            "caption_target": ("standardised", "raw"),
-            "precision": ("float32", "bf16"),
-            "llm_precision": ("float32", "bf16", "4bit"),
-            "diffusion_precision": tuple(DIFFUSION_PRECISIONS),
-            "optimizer": ("adamw", "adamw8bit"),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise BadInputError(f"{name} is {getattr(self, name)!r}; it can be {' or '.join(values)}.")
-        for name in COUNTS:
-            if getattr(self, name) < 1:
-                raise BadInputError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
-        if not 0 <= self.ema_decay < 1:
-            raise BadInputError(f"ema_decay is {self.ema_decay:g}; it must be 0 (off) or more, and below 1.")
-        if self.shard_llm and self.llm_precision == "4bit":
-            raise BadInputError(
-                "shard_llm does not go with llm_precision=4bit, whose weights cannot be spread. In 4 bits an LLM of 30 "
-                "billion parameters fits on 24 GB; else set llm_precision=bf16."
-            )
-        if self.cache and not self.data:
-            raise BadInputError(
-                "cache is set, but data is not: the storybook's world is drawn afresh each time."
-            )
+        at_least_one(self, "preview_every", "save_every", "keep")
 
-    def draws(self, step: int) -> bool:
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """A stage's settings. `FORMER` are keys by names that they had, or have, outside of their table."""
+
+    stage: ClassVar[str] = ""
+    FORMER: ClassVar[dict[str, str]] = {
+        "data": "data.path",
+        "mapper_rate": "optim.mapper_lr",
+        "row_rate": "optim.voken_lr",
+    }
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    run: RunConfig = RunConfig()
+
+    def uses_diffusion_loss(self, step: int) -> bool:
         """Whether the diffusion loss is on in this step."""
-        return bool(self.image_weight) and step > self.image_from * self.steps
-
-    @property
-    def data_name(self) -> str:
-        """What a result's header says it was trained on; a path would say whose machine."""
-        return Path(self.data).name if self.data else "storybook"
-
-    def stream(self) -> Stream:
-        """The rows of the data set."""
-        return Stream(Path(self.data), self.format, self.seed)
-
-    def task_list(self, default: str) -> dict[str, Task]:
-        """The tasks the recipe names, or the stage's own."""
-        named = self.tasks or {default: {}}
-        return {name: build_recipe(Task, values, f"tasks.{name}") for name, values in named.items()}
+        return bool(self.loss.image_weight) and step > self.loss.image_from * self.optim.steps
