@@ -21,6 +21,7 @@ from minigpt5_core.llm_files import default_llm
 from minigpt5_core.pipeline import DIFFUSION_PRECISIONS, STORYBOOK, Parts, StoryTeller, load
 from minigpt5_core.weights import hash_weights, load_mapper
 
+from .adapters import check_peft
 from .backbone import check_picture_size
 from .evaluate_data import chapters, held_records, score_systems, systems, true_pictures
 from .explain import fingerprint as data_fingerprint
@@ -223,6 +224,7 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
     """The LLM with the rival's adapter, which PEFT reads: it holds no voken rows."""
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder)
+    check_peft(Path(recipe.caption_adapter))
     adapted = PeftModel.from_pretrained(llm.causal_lm, recipe.caption_adapter)
     llm.causal_lm = adapted.merge_and_unload().eval()
     return llm
