@@ -24,10 +24,12 @@ from transformers import (
 
 from .errors import BadInputError
 from .families import family_of
+from .own_code import check_alone
 from .versions import check_transformers
 
 OLDEST = "5"  # those before want a beginning mark in the file, and were not tested further
 MAGIC, TOKENIZER = b"GGUF", "tokenizer.json"
+HERE = {"local_files_only": True, "trust_remote_code": False}
 OTHER_FILE = "Give the same model as a Hugging Face folder with safetensors weights, or another GGUF file."
 
 
@@ -39,7 +41,8 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, 
     """
     check_gguf(file)
     check_transformers(f"{file} is a GGUF file", OLDEST)
-    inside = {"gguf_file": file.name, "local_files_only": True}
+    inside = {"gguf_file": file.name, **HERE}
+    check_alone(file.parent)
     config = AutoConfig.from_pretrained(file.parent, **inside)
     family_of(config.model_type, file)
     model, found = AutoModelForCausalLM.from_pretrained(
@@ -55,8 +58,8 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, 
 
 def _read_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
     if (file.parent / TOKENIZER).is_file():
-        return AutoTokenizer.from_pretrained(file.parent, config=config, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(file.parent, config=config, **HERE)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, **HERE)
     return _without_strays(tokenizer, config.vocab_size)
 
 

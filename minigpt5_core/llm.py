@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
@@ -24,6 +25,7 @@ from .errors import BadInputError
 from .families import find_family, load_family
 from .families.base import Family, SeeingFamily
 from .gguf_files import OTHER_FILE, is_whole, read_gguf
+from .own_code import check_folder, code_refusal, forget_code, wants_code
 from .prefix import Prefix
 from .qformer import QFormerEncoder, load_qformer
 from .versions import has_transformers
@@ -190,10 +192,18 @@ def load_llm(
         )
     with reading(f"The LLM in {folder} cannot be read", folder):
         kind = find_family(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        check_folder(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         small = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
         model = kind.model_class.from_pretrained(
-            folder, **{DTYPE: dtype}, local_files_only=True, use_safetensors=True, **small
+            folder,
+            config=forget_code(config),
+            **{DTYPE: dtype},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **small,
         )
         if quantization:  # it lies where it belongs, and is not to be moved
             keep_layout(model)
@@ -303,6 +313,8 @@ def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
     except BadInputError:
         raise
     except UNREADABLE as error:
+        if wants_code(error):
+            raise code_refusal(folder) from error
         if broken := _cut_short(folder):
             raise BadInputError(
                 f"{broken} is not a whole {broken.suffix[1:]} file. It may be cut short: copy it again."

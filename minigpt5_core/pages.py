@@ -16,6 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from .errors import BadInputError
 from .files import draft_of, whole_folder
+from .inside import lies_inside
+from .rasters import open_picture
 from .story import FILE_NAME, Scene, Story
 
 STRIP, HTML, MARKDOWN = "strip.png", "story.html", "story.md"
@@ -103,15 +105,25 @@ def _not_of_a_story(folder: Path) -> str | None:
 
 
 def read_pictures(story: Story, folder: Path) -> list[Image.Image | None]:
-    """The pictures of a saved story, None where a scene has none; BadInputError names one that cannot be read."""
+    """The pictures of a saved story, None where a scene has none; BadInputError names one that cannot be read.
+
+    They lie beside story.json as files: a link that leads out of the folder is none that a story has written.
+    """
     pictures: list[Image.Image | None] = []
     for scene in story.scenes:
         path = folder / scene.picture if scene.picture else None
         try:
-            pictures.append(Image.open(path).convert("RGB") if path else None)
+            pictures.append(_read(path, folder) if path else None)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BadInputError(f"Cannot read the story's picture {path}: {error}.") from error
     return pictures
+
+
+def _read(path: Path, folder: Path) -> Image.Image:
+    if not lies_inside(path, folder):
+        raise BadInputError("it is a link that leads out of the story's folder; put the picture itself there")
+    with open_picture(path) as picture:
+        return picture.convert("RGB")
 
 
 def draw_strip(story: Story, pictures: list[Image.Image | None]) -> Image.Image:

@@ -24,6 +24,7 @@ from .generate import Reply, StoryCache, generate, seeded_generator
 from .llm import FrozenLLM, load_adapter, load_llm, load_sight, reading
 from .llm_files import default_llm
 from .mapper import Mapper
+from .model_index import check_index
 from .precision import holding
 from .presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
 from .presets import Preset
@@ -242,6 +243,7 @@ def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32"
         )
     folder = find_diffusion(folder)
     cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
+    check_index(folder)
     with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
@@ -262,7 +264,7 @@ def find_diffusion(folder: Path) -> Path:
     found, name = folder, folder.as_posix()
     named = not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name)
     if named:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: one that asks for code of its own
             found = Path(DiffusionPipeline.download(name, local_files_only=True))
     if (found / "model_index.json").is_file():
         return found

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import BadInputError
+from ..own_code import code_refusal, has_code
 from ..versions import INSTALLED, check_transformers
 from .base import Family, SeeingFamily
 from .pictures import read_processor
@@ -37,11 +38,13 @@ SINCE = dict.fromkeys(FAMILIES, "4.56") | {
 def find_family(folder: Path) -> type[Family]:
     """The family of the LLM in `folder`.
 
-    BadInputError, which lists those that are known, for any other kind; for one that the installed transformers is too
-    old for; and for a folder that it is too old to read.
+    BadInputError, which lists those that are known, for any other kind, or says that it needs code of its own; for one
+    that the installed transformers is too old for; and for a folder that it is too old to read.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _check_version(folder, config)
+    if has_code(config) and config.get("model_type") not in {*FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}:
+        raise code_refusal(folder)
     return family_of(config.get("model_type"), folder)
 
 

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.files import whole_folder
+from minigpt5_core.inside import named_file
+from minigpt5_core.rasters import open_picture
 
 from .study import PICTURES, STUDY, Item, Pair, Study
 
@@ -197,9 +199,12 @@ def _copy(draft: Path, stem: str, told: Told) -> list[Item]:
 
 def _plain(told: Told, name: str) -> Image.Image:
     """A picture's pixels and nothing else: no metadata, no profile, no transparency, the right way up."""
-    path = told.file.parent / name
     try:
-        with Image.open(path) as picture:
+        path = named_file(told.file.parent, name)
+    except BadInputError as error:
+        raise BadInputError(f"{told}: picture {error}.") from error
+    try:
+        with open_picture(path) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         found = "is not there" if not path.exists() else f"cannot be read as a picture ({error})"

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.inside import lies_inside
 
 from .answers import Answer, Answers
 from .study import ANSWERS, CHOICES, PICTURES, QUESTIONS, SIDES, Study, load_study
@@ -60,7 +61,7 @@ class StudyServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.study = folder, load_study(folder)
         self.fingerprint = self.study.fingerprint()
-        self.pictures = _pictures(self.study)
+        self.pictures = _pictures(self.study, folder)
         self.pairs = {pair.name for pair in self.study.pairs}
         self.answers = Answers(folder)
         try:
@@ -204,11 +205,12 @@ def _rater(name: Any) -> str:
     return name
 
 
-def _pictures(study: Study) -> set[str]:
+def _pictures(study: Study, folder: Path) -> set[str]:
     """The paths that may be asked for. Nothing outside the folder, whatever a study from elsewhere says."""
     sides = [getattr(pair, side) for pair in study.pairs for side in SIDES]
     named = {item["picture"] for items in sides for item in items if "picture" in item}
-    return {name for name in named if re.fullmatch(rf"{PICTURES}/\w+\.png", name)}
+    inside = {name for name in named if re.fullmatch(rf"{PICTURES}/\w+\.png", name)}
+    return {name for name in inside if lies_inside(folder / name, folder)}
 
 
 def _json(value: Any) -> Content:

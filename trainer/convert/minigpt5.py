@@ -29,6 +29,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.files import whole_folder
 from minigpt5_core.llm import reading
 from minigpt5_core.mapper import ReferenceMapper
+from minigpt5_core.own_code import check_folder, forget_code
 from minigpt5_core.published import PublishedWeights, build_published_mapper, our_name, read_published
 from minigpt5_core.vokens import voken_strings
 from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
@@ -239,6 +240,9 @@ def _header(mapper: ReferenceMapper, bos_id: int, llm: Path | None, sources: lis
 def _check_against(llm: Path, adapter: Path, vokens: int) -> None:
     """BadInputError unless the adapter fits the LLM, which is built without its weights."""
     with reading(f"The LLM in {llm} cannot be read", llm), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llm, local_files_only=True))
-        tokenizer = AutoTokenizer.from_pretrained(llm, local_files_only=True)
+        check_folder(llm)
+        here = {"local_files_only": True, "trust_remote_code": False}
+        config = forget_code(AutoConfig.from_pretrained(llm, **here))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(llm, **here)
     read_adapter(adapter, model, tokenizer.convert_tokens_to_ids(voken_strings(vokens)))

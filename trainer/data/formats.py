@@ -1,15 +1,17 @@
 """The layouts that people have on disk, each read row by row into records. A broken row is yielded as such."""
 
 import csv
+import errno
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.inside import named_file
 
 from .records import Broken, Picture, Record, Row, Scene
 
@@ -37,8 +39,14 @@ def read(path: Path, layout: str) -> Iterator[Row]:
 def _picture(folder: Path, name: Any) -> Picture:
     if not isinstance(name, str) or not name:
         raise _Trouble(f"its picture is {name!r}, expected a file name")
-    path = folder / name
-    if not path.is_file():
+    try:
+        path = named_file(folder, name)
+        there = path.is_file()
+    except BadInputError as error:
+        raise _Trouble(f"picture {error}") from error
+    except OSError as error:  # no name at all, such as one of 300 letters
+        raise _Trouble(f"picture {name!r:.80} cannot be looked for: {error.strerror}") from error
+    if not there:
         raise _Trouble(f"picture {name} is missing")
     return Picture(name, path)
 
@@ -198,7 +206,19 @@ def read_webdataset(path: Path) -> Iterator[Row]:
 
 
 def _shard(shard: Path) -> Iterator[Row]:
-    import webdataset
+    """A shard is a local file and is opened as one: webdataset takes names for addresses, and `pipe:` for a command."""
+    try:
+        if not shard.is_file():
+            raise OSError(errno.EINVAL, "it is no file")
+        with shard.open("rb") as file:
+            yield from _samples(shard, file)
+    except OSError as error:
+        yield Broken(shard.name, f"the shard cannot be read: {error.strerror}")
+
+
+def _samples(shard: Path, file: BinaryIO) -> Iterator[Row]:
+    """What webdataset makes of an open shard: members are read in memory, links and devices among them passed by."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     troubles: list[Exception] = []
 
@@ -206,7 +226,8 @@ def _shard(shard: Path) -> Iterator[Row]:
         troubles.append(trouble)
         return False  # nothing behind a broken place of a tar file can be trusted
 
-    for sample in webdataset.WebDataset(str(shard), shardshuffle=False, handler=note):
+    members = tar_file_expander([{"url": shard.name, "stream": file}], handler=note)
+    for sample in group_by_keys(members, handler=note):
         yield _row(f"{shard.name}:{sample['__key__']}", _sample, sample)
     for trouble in troubles:
         yield Broken(shard.name, f"the shard breaks off: {trouble}")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from minigpt5_core.rasters import open_picture
+
 LARGEST = 10_000  # pixels a side: beyond it a file is taken for broken, or for an attack
 
 
@@ -20,7 +22,7 @@ class Picture:
     def open(self) -> Image.Image:
         """The whole picture, RGB; BrokenPicture says what is wrong with it."""
         try:
-            with Image.open(
+            with open_picture(
                 io.BytesIO(self.content) if self.content is not None else str(self.path)
             ) as image:
                 if max(image.size) > LARGEST:

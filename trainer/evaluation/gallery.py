@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image
+from minigpt5_core.rasters import open_picture
 
 from ..common.progress import Progress
 from .drawing import Drawn
@@ -64,7 +64,7 @@ class Gallery:
         notes = self._notes(number)
         told = zip(notes["tokens"], notes["seconds"], notes["texts"], strict=True)
         return [
-            Drawn(Image.open(self.picture(number, scene)).convert("RGB"), *each)
+            Drawn(open_picture(self.picture(number, scene)).convert("RGB"), *each)
             for scene, each in enumerate(told)
         ]
 

@@ -15,10 +15,14 @@ from peft import (
 )
 from torch import nn
 
-from minigpt5_core.adapter import PREFIX, VOKEN_IDS, VOKEN_ROWS
+from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, VOKEN_IDS, VOKEN_ROWS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter
 from minigpt5_core.weights import atomic_save
+
+KINDS = ("LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING")
+# settings of PEFT's that import a module or read a file which the configuration names
+IMPORTING = ("megatron_config", "corda_config", "eva_config", "lora_ga_config", "arrow_config")
 
 
 def voken_tables(llm: FrozenLLM) -> list[str]:
@@ -78,6 +82,7 @@ def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftM
         raise BadInputError(
             f"--from {start} holds no mapper.safetensors. Give the --out folder of an align or finetune run."
         )
+    check_peft(start / "adapter")
     kind = PeftConfig.from_pretrained(str(start / "adapter")).peft_type
     if kind == PeftType.PREFIX_TUNING:
         raise BadInputError(
@@ -88,6 +93,33 @@ def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftM
         return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
     load_adapter(llm, start / "adapter")
     return fresh(llm)
+
+
+def check_peft(folder: Path) -> None:
+    """BadInputError unless PEFT can read the adapter from the folder alone: whole, and nothing in it to import.
+
+    PEFT imports a module that `megatron_core` names, and asks the Hub for weights that are not there.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise BadInputError(
+                f"{folder} is no PEFT adapter (it has no {name}). Give the folder of a trained one."
+            )
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInputError(f"{folder / ADAPTER_CONFIG} cannot be read ({error}). Copy it again.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in KINDS:
+        raise BadInputError(
+            f"{folder}: its peft_type is {kind!r}, expected {', '.join(KINDS)}. Give another adapter."
+        )
+    for name in IMPORTING:
+        if config.get(name):
+            raise BadInputError(
+                f"{folder}: its {name} is {config[name]!r:.80}, by which PEFT would import other code or read other "
+                "files; expected none. Give an adapter of plain LoRA."
+            )
 
 
 def save_adapter(adapted: PeftModel, llm_folder: Path, folder: Path) -> None:

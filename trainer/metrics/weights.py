@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.own_code import check_folder, code_refusal, forget_code, wants_code
 
 from .recipe import ScoresRecipe
 
@@ -48,7 +50,10 @@ def library(module: str, package: str) -> Any:
 
 def pretrained(kind: Any, folder: Path, device: torch.device) -> Any:
     """A transformers model with every weight that is used from `folder`; BadInputError where that is not so."""
-    model, loading = _read(kind, folder, output_loading_info=True)
+    settings = {}
+    if hasattr(kind, "_model_mapping"):  # an Auto class, which goes by the configuration
+        settings["config"] = forget_code(_read(AutoConfig, folder))
+    model, loading = _read(kind, folder, output_loading_info=True, **settings)
     if absent := [name for name in loading["missing_keys"] if not name.startswith("pooler.")]:
         raise BadInputError(
             f"{folder} holds no {type(model).__name__}: {len(absent)} weights are missing, such as "
@@ -65,9 +70,12 @@ def companion(kind: Any, folder: Path, **settings: Any) -> Any:
 def _read(kind: Any, folder: Path, **settings: Any) -> Any:
     if not (folder / "config.json").is_file():
         raise BadInputError(f"{folder} has no config.json. Expected a folder in transformers' format.")
+    check_folder(folder)
     try:
-        return kind.from_pretrained(folder, local_files_only=True, **settings)
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if wants_code(error):
+            raise code_refusal(folder) from error
         raise BadInputError(
             f"{kind.__name__} cannot read {folder}: {error}. Expected a whole folder in transformers' format."
         ) from error

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,15 +99,15 @@ class Run:
         text = json.dumps(describe(self.recipe, self.stage), indent=1) + "\n"
         (self.out / "run.json").write_text(text, encoding="utf-8")
 
-    def resume(self) -> int:
-        """Loads the newest state; returns the step it was saved at."""
+    def resume(self, load: Callable[[Path], None]) -> int:
+        """Loads the newest state by `load`; returns the step it was saved at."""
         kept = self.kept()
         if not kept:
             raise BadInputError(
                 f"--resume: {self.out} holds no saved state. Leave --resume out to start anew."
             )
         step = max(kept)
-        self.accelerator.load_state(str(self._state(step)))
+        load(self._state(step))
         if self.accelerator.is_main_process:
             lines = self.metrics()
             text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,6 +29,7 @@ from ..feature_cache.cache import CachedFeatures
 from .checkpoint import Run
 from .config import StageRecipe
 from .run_summary import plot_losses
+from .state import Parts, load_optimizer, load_random, load_weights, resuming
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,8 @@ class Training:
             optimizer, int(recipe.warmup * recipe.steps), recipe.steps
         )
         self.average = self._averaging() if recipe.ema_decay else None
-        for part in (self.schedule, source, self.average):
-            if part is not None:
-                self.accelerator.register_for_checkpointing(part)
+        self.parts = Parts(self.schedule, source, self.average)
         self.accelerator.register_save_state_pre_hook(self._save_unwrapped)
-        self.accelerator.register_load_state_pre_hook(self._load_unwrapped)
         self.weights = {"image": recipe.image_weight, "caption": recipe.caption_weight}
 
     def _averaging(self) -> EMAModel:
@@ -120,15 +117,23 @@ class Training:
         )
 
     def _save_unwrapped(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        """Names the weights as one process does, so that any number of processes can go on from them."""
+        """Names the weights as one process does, so that any number of processes can go on from them; adds ours."""
         weights[:] = (
             [self.accelerator.unwrap_model(model).state_dict() for model in models] if weights else []
         )
+        if self.accelerator.is_main_process:
+            self.parts.save(Path(folder))
 
-    def _load_unwrapped(self, models: list[nn.Module], folder: str) -> None:
-        for model in models:
-            load_model(self.accelerator.unwrap_model(model), Path(folder) / "model.safetensors")
-        models.clear()  # nothing is left for accelerate to load
+    def load_state(self, folder: Path) -> None:
+        """Everything that `Accelerator.save_state` and `_save_unwrapped` wrote, all of it read by us.
+
+        accelerate would unpickle some of it, and passes over random states that are broken.
+        """
+        with resuming(folder):
+            load_weights(self.accelerator.unwrap_model(self.trained), folder)
+            load_optimizer(self.optimizer, folder)
+            self.parts.load(folder)
+            load_random(folder, self.accelerator.process_index)
 
     def split(self, items: Sequence[Any]) -> list[list[Any]]:
         """This process's items in `accumulation` parts."""
@@ -239,7 +244,7 @@ def train(
     Ctrl-C and SIGTERM end the step, save, and are passed on as KeyboardInterrupt and Terminated.
     """
     run, recipe, main = training.run, training.recipe, training.accelerator.is_main_process
-    start = run.resume() if run.resuming else 0
+    start = run.resume(training.load_state) if run.resuming else 0
     if training.average is not None:
         training.average.to(training.accelerator.device)  # a saved one comes back on the CPU
     progress = Progress(recipe.steps, start=start)

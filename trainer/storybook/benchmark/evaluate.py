@@ -27,6 +27,7 @@ from ...evaluation.drawing import Drawing, Drawn
 from ...evaluation.gallery import Gallery, draw_missing, fingerprint, write_stories
 from ...evaluation.report import write_report
 from ...evaluation.systems import chapters, held_records, score_systems, systems, true_pictures
+from ...llm.adapters import check_peft
 from ...metrics.recipe import ScoresRecipe
 from ..models.scorer import accuracy, load_scorer
 from ..world.render import render
@@ -224,6 +225,7 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
     """The LLM with the rival's adapter, which PEFT reads: it holds no voken rows."""
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder)
+    check_peft(Path(recipe.caption_adapter))
     adapted = PeftModel.from_pretrained(llm.causal_lm, recipe.caption_adapter)
     llm.causal_lm = adapted.merge_and_unload().eval()
     return llm

@@ -21,6 +21,10 @@ from ..world.render import CELL, render
 from ..world.stories import random_state, training_state
 
 CROP = 64
+HERE = {
+    "local_files_only": True,
+    "use_safetensors": True,
+}  # how diffusers is to read: nothing fetched or unpickled
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
     """Trains, and writes the diffusers folder `out`, a preview beside it; `start` goes on from an earlier folder."""
     torch.manual_seed(recipe.seed)
     draw = random.Random(recipe.seed)
-    model = AutoencoderTiny.from_pretrained(start) if start else build_autoencoder(recipe)
+    model = AutoencoderTiny.from_pretrained(start, **HERE) if start else build_autoencoder(recipe)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -12,10 +12,12 @@ from transformers import CLIPTokenizer
 
 from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.model_index import check_index
 from minigpt5_core.vision import load_image_adapter, save_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper, save_mapper
 
 from ..world.sample import write_world
+from .autoencoder import HERE
 
 LARGEST_FILE = 16 * 2**20
 
@@ -43,8 +45,9 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
     for folder in ("voken_mappers", "benchmark"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if recipe.diffusion:
+        check_index(Path(recipe.diffusion))
         pipeline = StableDiffusionPipeline.from_pretrained(
-            recipe.diffusion, torch_dtype=torch.float16, local_files_only=True
+            recipe.diffusion, torch_dtype=torch.float16, **HERE
         )
         pipeline.save_pretrained(out / "diffusers")
         _suit_transformers_4(out / "diffusers")
@@ -87,7 +90,7 @@ def _suit_transformers_4(folder: Path) -> None:
 
     The one's tensors begin with text_model; the other's vocabulary and merges are files of their own.
     """
-    CLIPTokenizer.from_pretrained(folder / "tokenizer").backend_tokenizer.model.save(
+    CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True).backend_tokenizer.model.save(
         str(folder / "tokenizer")
     )
     file = folder / "text_encoder" / "model.safetensors"

@@ -25,13 +25,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import compute_snr, diffusion_loss
+from minigpt5_core.model_index import check_index
 
 from ...common.images import encode_pictures, grid
 from ...common.progress import Progress, interrupts
 from ..world.render import render_with_figures
 from ..world.state import State
 from ..world.stories import change_a_fact, stories, training_state
-from .autoencoder import AutoencoderRecipe, train_autoencoder
+from .autoencoder import HERE, AutoencoderRecipe, train_autoencoder
 
 TOKENS = 77
 PREVIEW = (
@@ -152,7 +153,7 @@ def build_unet(recipe: DiffusionRecipe, latent_channels: int) -> UNet2DCondition
 def build_pipeline(recipe: DiffusionRecipe, autoencoder: Path) -> StableDiffusionPipeline:
     """The whole untrained text-to-image pipeline around a trained autoencoder."""
     torch.manual_seed(recipe.seed)
-    vae = AutoencoderTiny.from_pretrained(autoencoder)
+    vae = AutoencoderTiny.from_pretrained(autoencoder, **HERE)
     tokenizer = build_tokenizer()
     return StableDiffusionPipeline(
         vae=vae,
@@ -207,9 +208,9 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
     """Trains and writes the diffusers folder `out`; `start` goes on from an earlier folder's weights."""
     torch.manual_seed(recipe.seed)
     draw = random.Random(recipe.seed)
-    vae = AutoencoderTiny.from_pretrained(autoencoder)
+    vae = AutoencoderTiny.from_pretrained(autoencoder, **HERE)
     pipeline = (
-        StableDiffusionPipeline.from_pretrained(start, vae=vae, torch_dtype=torch.float32)
+        StableDiffusionPipeline.from_pretrained(start, vae=vae, torch_dtype=torch.float32, **HERE)
         if start
         else build_pipeline(recipe, autoencoder)
     )
@@ -312,6 +313,8 @@ def train_storybook_diffusion(recipe: StorybookDiffusionRecipe, out: Path, start
     """Leaves the diffusers folder `out`; `start` is an earlier one whose weights are gone on from."""
     if start and not (start / "model_index.json").is_file():
         raise BadInputError(f"--from {start} is no diffusers folder (no model_index.json).")
+    if start:
+        check_index(start)
     if not start and not (recipe.autoencoder.steps and recipe.diffusion.steps):
         raise BadInputError(
             "autoencoder.steps and diffusion.steps can be 0 only with --from, which says what to keep."
@@ -325,6 +328,6 @@ def train_storybook_diffusion(recipe: StorybookDiffusionRecipe, out: Path, start
         train_diffusion(recipe.diffusion, autoencoder, out, start)
     else:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            start, vae=AutoencoderTiny.from_pretrained(autoencoder)
+            start, vae=AutoencoderTiny.from_pretrained(autoencoder, **HERE), **HERE
         )
         pipeline.save_pretrained(out)
