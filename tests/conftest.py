@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from minigpt5_core.llm import FrozenLLM, add_vokens
 from tests.chromium import CHROMIUM, FLAGS
+from trainer.common.recipe import make_recipe
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -184,7 +185,8 @@ def trained(
     tiny_llm_folder: Path, tiny_diffusion_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, str]]:
     """An aligned run and an image adapter trained with it, each in a few steps."""
-    from trainer.stages.align import AlignRecipe, train_align
+    from tests.stages import train_align
+    from trainer.stages.align import AlignRecipe
     from trainer.storybook.models.image_adapter import ImageAdapterRecipe, train_image_adapter
 
     folder = tmp_path_factory.mktemp("trained")
@@ -196,7 +198,7 @@ def trained(
         config.replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096')
     )
     parts = {"llm": str(llm), "diffusion": str(tiny_diffusion_folder)}
-    train_align(AlignRecipe(**parts, captions=8, steps=1, batch=2), folder / "align")
+    train_align(make_recipe(AlignRecipe, **parts, captions=8, steps=1, batch=2), folder / "align")
     recipe = ImageAdapterRecipe(
         **parts, adapter=str(folder / "align" / "adapter"), mapper=str(folder / "align" / "mapper.safetensors"),
         tokens=4, word_steps=2, word_batch=2, story_steps=1, story_batch=1, caption_batch=1, pictures=2,

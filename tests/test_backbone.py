@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,13 +18,14 @@ from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import diffusion_loss
 from minigpt5_core.weights import load_mapper
+from tests.stages import train_align, train_finetune, values_of
 from tests.toy_diffusion import SPACES, XL_POOLED, XL_WIDTHS, save
 from trainer.cli import main
-from trainer.diffusion import Backbone, Targets, load_backbone
+from trainer.common.recipe import change_recipe, make_recipe
+from trainer.diffusion import FrozenDiffusion, TextTargets, load_frozen_diffusion
 from trainer.diffusion.unet import Sd
-from trainer.stages import align
-from trainer.stages.align import AlignRecipe, train_align
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneRecipe
 from trainer.storybook.models.diffusion import encode_texts
 from trainer.storybook.world.export import export_stories
 
@@ -47,7 +47,7 @@ def toy_space(monkeypatch):
 
 @pytest.fixture
 def recipe(tiny_llm_folder, xl_folder, toy_space, tmp_path):
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(xl_folder), space=toy_space, steps=3, batch=2, image_from=0.0,
         preview_every=3, save_every=100, tracker="", data=str(export_stories("jsonl", 2, 3, tmp_path / "data")),
     )  # fmt: skip
@@ -57,9 +57,11 @@ def recipe(tiny_llm_folder, xl_folder, toy_space, tmp_path):
 def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_path):
     train_align(recipe, tmp_path / "align")
     assert (tmp_path / "align" / "preview_000003.png").is_file()
-    named = {name: getattr(recipe, name) for name in ("llm", "diffusion", "space", "data", "tracker")}
+    named = values_of(recipe, "llm", "diffusion", "space", "data", "tracker")
     train_finetune(
-        FinetuneRecipe(**named, steps=2, batch=1, image_from=0.0), tmp_path / "told", tmp_path / "align"
+        make_recipe(FinetuneRecipe, **named, steps=2, batch=1, image_from=0.0),
+        tmp_path / "told",
+        tmp_path / "align",
     )
     one, other = (load_file(tmp_path / run / "mapper.safetensors") for run in ("align", "told"))
     assert one["pooled_head.weight"].shape[0] == XL_POOLED
@@ -75,9 +77,9 @@ def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_
     given = ["--format", "jsonl", "--out", str(tmp_path / "cache"), "--diffusion", str(xl_folder)]
     assert main(["data", "cache", recipe.data, *given]) == 0
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
+        patched.setattr(FrozenDiffusion, "_encode", lambda *given: pytest.fail("a text was encoded"))
         patched.setattr("trainer.diffusion.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
-        train_align(replace(recipe, cache=str(tmp_path / "cache")), tmp_path / "cached")
+        train_align(change_recipe(recipe, cache=str(tmp_path / "cache")), tmp_path / "cached")
     runs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("pixels", "cached")]
     assert len(runs[0]) == 3
     for pixels, cached in zip(*runs, strict=True):
@@ -85,10 +87,10 @@ def test_a_cache_has_both_answers_of_sdxl_and_gives_the_same_losses(recipe, tmp_
 
 
 def test_the_backbone_answers_what_its_pipeline_would_ask(xl_folder, tiny_diffusion_folder):
-    plain = load_backbone(tiny_diffusion_folder)
+    plain = load_frozen_diffusion(tiny_diffusion_folder)
     answer = plain.encode(["a fox", ""])
     assert torch.equal(answer.tokens, encode_texts(plain.pipeline, ["a fox", ""])) and answer.pooled is None
-    large = load_backbone(xl_folder)
+    large = load_frozen_diffusion(xl_folder)
     answer = large.encode(["a fox", ""])
     assert answer.tokens.shape == (2, 77, sum(XL_WIDTHS)) and answer.pooled.shape == (2, XL_POOLED)
     ids = large.pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
@@ -100,8 +102,8 @@ def test_the_backbone_answers_what_its_pipeline_would_ask(xl_folder, tiny_diffus
 
 
 def test_pooled_vectors_count_beside_tokens(xl_folder):
-    targets = Targets(load_backbone(xl_folder), ["a fox", "a bear", "a cat in the snow"])
-    wanted = targets.backbone.encode(["a fox"])
+    targets = TextTargets(load_frozen_diffusion(xl_folder), ["a fox", "a bear", "a cat in the snow"])
+    wanted = targets.diffusion.encode(["a fox"])
     assert targets.loss(wanted, ["a fox"], standardised=False).item() == 0
     moved = Conditioning(wanted.tokens + 1, wanted.pooled + 2)
     assert targets.loss(moved, ["a fox"], standardised=False).item() == pytest.approx(1 + 4, rel=1e-5)
@@ -131,13 +133,16 @@ def of_sd(check):
 
 
 @of_sd("train")
-def test_models_of_sds_kind_train_and_stay_as_they_were(recipe, predicting, kind, tmp_path, monkeypatch):
+def test_models_of_sds_kind_train_and_stay_as_they_were(recipe, predicting, kind, tmp_path):
     found = []
-    monkeypatch.setattr(
-        align, "load_backbone", lambda *given: found.append(load_backbone(*given)) or found[0]
-    )
+
+    def load(*given):
+        found.append(load_frozen_diffusion(*given))
+        return found[0]
+
     folder = predicting(kind)
-    train_align(replace(recipe, diffusion=str(folder), space="storybook", steps=2), tmp_path / "align")
+    changed = change_recipe(recipe, diffusion=str(folder), space="storybook", steps=2)
+    train_align(changed, tmp_path / "align", load_diffusion=load)
     assert len((tmp_path / "align" / "metrics.jsonl").read_text().splitlines()) == 2
     assert found[0].velocity == (kind == "v_prediction")
     for name in ("unet", "vae", "text_encoder"):
@@ -146,24 +151,24 @@ def test_models_of_sds_kind_train_and_stay_as_they_were(recipe, predicting, kind
         assert all(torch.equal(weights[key], kept[key]) for key in kept)
 
 
-def assert_target_draws_as_caption(backbone):
-    drawn = backbone.draw(backbone.encode(["a fox"]), backbone.encode([""]), seed=3)[0]
+def assert_target_draws_as_caption(diffusion):
+    drawn = diffusion.generate(diffusion.encode(["a fox"]), diffusion.encode([""]), seed=3)[0]
     generator = torch.Generator().manual_seed(3)
-    expected = backbone.pipeline(
+    expected = diffusion.pipeline(
         "a fox", negative_prompt="", num_inference_steps=15, guidance_scale=3.0, generator=generator
     ).images[0]
-    assert drawn.size == (backbone.side,) * 2
+    assert drawn.size == (diffusion.side,) * 2
     assert max(high for _, high in ImageChops.difference(drawn, expected).getextrema()) <= 1
 
 
 @of_sd("diffusers")
 def test_a_target_draws_what_its_caption_draws(predicting, kind):
-    assert_target_draws_as_caption(load_backbone(predicting(kind)))
+    assert_target_draws_as_caption(load_frozen_diffusion(predicting(kind)))
 
 
 @pytest.mark.space("sdxl", "diffusers")
 def test_sdxls_target_draws_what_its_caption_draws(xl_folder):
-    assert_target_draws_as_caption(load_backbone(xl_folder))
+    assert_target_draws_as_caption(load_frozen_diffusion(xl_folder))
 
 
 def test_velocity_is_weighed_so_that_it_counts_as_the_noise_it_implies(tiny_diffusion_folder):
@@ -179,18 +184,18 @@ def test_velocity_is_weighed_so_that_it_counts_as_the_noise_it_implies(tiny_diff
 
 
 def test_a_model_that_predicts_velocity_is_asked_for_it(tiny_diffusion_folder):
-    backbone = load_backbone(tiny_diffusion_folder)
-    backbone.pipeline.scheduler.register_to_config(prediction_type="v_prediction")
-    backbone = Sd(backbone.pipeline)
+    diffusion = load_frozen_diffusion(tiny_diffusion_folder)
+    diffusion.pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    diffusion = Sd(diffusion.pipeline)
     latents, noise = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
-    steps, answer = torch.tensor([10, 900]), backbone.encode(["a fox", "a bear"])
+    steps, answer = torch.tensor([10, 900]), diffusion.encode(["a fox", "a bear"])
     with torch.no_grad():
-        found = backbone.loss(answer, latents, noise, steps, 5.0)
-        alpha = backbone.noise.alphas_cumprod[steps][:, None, None, None]
+        found = diffusion.loss(answer, latents, noise, steps, 5.0)
+        alpha = diffusion.noise.alphas_cumprod[steps][:, None, None, None]
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
         errors = (
-            (backbone.pipeline.unet(noisy, steps, answer.tokens).sample - velocity).square().mean((1, 2, 3))
+            (diffusion.pipeline.unet(noisy, steps, answer.tokens).sample - velocity).square().mean((1, 2, 3))
         )
     snr = (alpha / (1 - alpha)).flatten()
     assert found.item() == pytest.approx((errors * snr.clamp(max=5) / (snr + 1)).mean().item(), rel=1e-4)
@@ -201,4 +206,4 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     unet = UNet2DModel(sample_size=8, block_out_channels=(32,), **blocks)
     DDIMPipeline(unet, EulerDiscreteScheduler()).save_pretrained(tmp_path)
     with pytest.raises(BadInputError, match="holds a DDIMPipeline; mappers are trained for StableDiffusion"):
-        load_backbone(tmp_path)
+        load_frozen_diffusion(tmp_path)

@@ -16,15 +16,16 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.mapper import build_mapper, compact_config
 from minigpt5_core.pipeline import StoryTeller, load_diffusion
 from minigpt5_core.story import Story
+from tests.stages import train_align
 from tests.toy_diffusion import SPACES, save
 from trainer.cli import main
 from trainer.common.images import fitted, grid
+from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.formats import read
-from trainer.diffusion import load_backbone
+from trainer.diffusion import load_frozen_diffusion
 from trainer.diffusion.flow import Flux
 from trainer.feature_cache.cache import CachedFeatures
-from trainer.stages import align
-from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.align import AlignRecipe
 from trainer.storybook.benchmark.evaluate import EvaluateRecipe, evaluate
 from trainer.storybook.world.export import export_stories
 
@@ -51,7 +52,7 @@ def folders(tmp_path_factory, tiny_diffusion_folder):
 @pytest.fixture
 def recipe(folders, tiny_llm_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(conditioning.SPACES, "toy_sd3", SPACES["sd3"])
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(folders["sd3"]), space="toy_sd3", tokens=154, steps=3, batch=2,
         image_from=0.0, preview_every=3, save_every=100, tracker="",
         data=str(export_stories("jsonl", 2, 3, tmp_path / "data")),
@@ -66,8 +67,8 @@ def losses(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def modules(backbone):
-    return [part for part in backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+def modules(diffusion):
+    return [part for part in diffusion.pipeline.components.values() if isinstance(part, torch.nn.Module)]
 
 
 # bf16, which rounds by up to 1 in 256
@@ -75,15 +76,18 @@ def modules(backbone):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bf16_losses_and_gradients_are_those_of_float32_to_its_rounding(folders, family):
-    whole, half = load_backbone(folders[family]), load_backbone(folders[family], "bf16")
+    whole, half = load_frozen_diffusion(folders[family]), load_frozen_diffusion(folders[family], "bf16")
     assert {p.dtype for part in modules(half) for p in part.parameters()} == {torch.bfloat16}
     answer = whole.encode(["a fox", "a bear"])
     latents = whole.latents([noise_picture(whole.side)] * 2)
-    noise, times = torch.randn_like(latents), whole.times([torch.Generator().manual_seed(s) for s in (1, 2)])
+    noise, times = (
+        torch.randn_like(latents),
+        whole.timesteps([torch.Generator().manual_seed(s) for s in (1, 2)]),
+    )
     found = []
-    for backbone in (whole, half):
+    for diffusion in (whole, half):
         tokens = answer.tokens.clone().requires_grad_()
-        loss = backbone.loss(Conditioning(tokens, answer.pooled), latents, noise, times, 5.0)
+        loss = diffusion.loss(Conditioning(tokens, answer.pooled), latents, noise, times, 5.0)
         loss.backward()
         assert loss.dtype == tokens.grad.dtype == torch.float32
         found.append((loss.item(), tokens.grad.flatten()))
@@ -93,7 +97,7 @@ def test_in_bf16_losses_and_gradients_are_those_of_float32_to_its_rounding(folde
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bf16_latents_and_targets_are_those_of_float32_to_its_rounding(folders, family):
-    whole, half = load_backbone(folders[family]), load_backbone(folders[family], "bf16")
+    whole, half = load_frozen_diffusion(folders[family]), load_frozen_diffusion(folders[family], "bf16")
     picture = noise_picture(whole.side)
     pairs = [(whole.latents([picture]), half.latents([picture]))]
     assert pairs[0][1].dtype == torch.float32
@@ -118,9 +122,9 @@ def test_in_bf16_a_story_has_the_same_pictures_to_its_rounding(folders, family, 
 
 
 def test_training_in_bf16_gives_the_losses_of_float32_to_its_rounding(recipe, tmp_path):
-    recipe = replace(recipe, steps=2, preview_every=100)
+    recipe = change_recipe(recipe, steps=2, preview_every=100)
     train_align(recipe, tmp_path / "whole")
-    train_align(replace(recipe, diffusion_precision="bf16"), tmp_path / "half")
+    train_align(change_recipe(recipe, diffusion_precision="bf16"), tmp_path / "half")
     assert losses(tmp_path / "half") != losses(tmp_path / "whole")
     for half, whole in zip(losses(tmp_path / "half"), losses(tmp_path / "whole"), strict=True):
         assert half == pytest.approx(whole, rel=0.03)
@@ -134,21 +138,21 @@ def test_a_cache_has_answers_for_trainings_of_its_precision_and_size_alone(folde
     chosen = ["--diffusion-precision", "bf16", "--picture-size", "8"]
     assert main(["data", "cache", str(data), *given, *chosen]) == 0
     scene = next(scene for record in read(data, "jsonl") for scene in record.scenes if scene.picture)
-    half = load_backbone(folder, "bf16", 8)
+    half = load_frozen_diffusion(folder, "bf16", 8)
     kept = CachedFeatures(tmp_path / "cache", half)
     asked, latents = half.encode([scene.caption]), half.latents([fitted(scene.picture.open(), 8)])
     assert torch.equal(kept.target(scene.caption).tokens, asked.tokens[0])
     assert torch.equal(kept.latents(scene.picture), latents[0])
     assert (kept.target(scene.caption).tokens.dtype, latents.shape) == (torch.bfloat16, (1, 16, 4, 4))
-    whole = CachedFeatures(tmp_path / "cache", load_backbone(folder, "float32", 8))
+    whole = CachedFeatures(tmp_path / "cache", load_frozen_diffusion(folder, "float32", 8))
     assert whole.target(scene.caption) is None and whole.latents(scene.picture) is None
-    larger = CachedFeatures(tmp_path / "cache", load_backbone(folder, "bf16", 16))
+    larger = CachedFeatures(tmp_path / "cache", load_frozen_diffusion(folder, "bf16", 16))
     assert larger.target(scene.caption) is not None and larger.latents(scene.picture) is None
 
 
 def test_another_precision_is_refused(folders):
     with pytest.raises(BadInputError, match="diffusion_precision is 'fp16'; it can be float32 or bf16"):
-        AlignRecipe(diffusion_precision="fp16")
+        make_recipe(AlignRecipe, diffusion_precision="fp16")
     with pytest.raises(BadInputError, match="diffusion_precision is 'fp16'; it can be float32 or bf16"):
         EvaluateRecipe(diffusion_precision="fp16")
     with pytest.raises(BadInputError, match="diffusion_precision is 'fp16'; it can be float32 or bf16"):
@@ -160,41 +164,41 @@ def test_another_precision_is_refused(folders):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latents_losses_and_pictures_follow_the_size(folders, family):
-    own = load_backbone(folders[family])
+    own = load_frozen_diffusion(folders[family])
     # SD3's places end, the storybook's pictures take long
     side = {"sd3": 12, "flux": 24, "sdxl": 24, "storybook": 64}[family]
     assert side != own.side
-    backbone = load_backbone(folders[family], picture_size=side)
-    latents = backbone.latents([noise_picture(side)])
-    assert latents.shape[2:] == (side // backbone.pipeline.vae_scale_factor,) * 2
-    answer, times = backbone.encode(["a fox"]), backbone.times([torch.Generator().manual_seed(1)])
-    assert backbone.loss(answer, latents, torch.randn_like(latents), times, 5.0).isfinite()
-    assert backbone.draw(answer, backbone.encode([""]))[0].size == (side, side)
+    diffusion = load_frozen_diffusion(folders[family], picture_size=side)
+    latents = diffusion.latents([noise_picture(side)])
+    assert latents.shape[2:] == (side // diffusion.pipeline.vae_scale_factor,) * 2
+    answer, times = diffusion.encode(["a fox"]), diffusion.timesteps([torch.Generator().manual_seed(1)])
+    assert diffusion.loss(answer, latents, torch.randn_like(latents), times, 5.0).isfinite()
+    assert diffusion.generate(answer, diffusion.encode([""]))[0].size == (side, side)
 
 
-def test_a_training_is_shown_and_previews_pictures_of_the_recipes_size(recipe, tmp_path, monkeypatch):
+def test_a_training_is_shown_and_previews_pictures_of_the_recipes_size(recipe, tmp_path):
     seen = []
 
     def load(*given):
-        backbone = load_backbone(*given)
-        loss = backbone.loss
-        backbone.loss = lambda answer, latents, *rest: (
+        diffusion = load_frozen_diffusion(*given)
+        loss = diffusion.loss
+        diffusion.loss = lambda answer, latents, *rest: (
             seen.append(latents.shape) or loss(answer, latents, *rest)
         )
-        return backbone
+        return diffusion
 
-    monkeypatch.setattr(align, "load_backbone", load)
-    train_align(replace(recipe, steps=1, preview_every=1, picture_size=12), tmp_path / "run")
+    small = change_recipe(recipe, steps=1, preview_every=1, picture_size=12)
+    train_align(small, tmp_path / "run", load_diffusion=load)
     assert set(seen) == {(2, 16, 6, 6)}
     one = Image.new("RGB", (12, 12))
     assert Image.open(tmp_path / "run" / "preview_000001.png").size == grid([one] * PICTURES, 4).size
 
 
 def test_noise_is_shifted_and_sdxl_told_by_the_size(folders):
-    flux = load_backbone(folders["flux"], picture_size=32)
+    flux = load_frozen_diffusion(folders["flux"], picture_size=32)
     flux.pipeline.scheduler.register_to_config(base_image_seq_len=4, max_image_seq_len=124)
     assert flux.shift() == pytest.approx(0.5 + 0.65 * (8 * 8 - 4) / 120)  # 8 x 8 patches of 4 pixels
-    xl = load_backbone(folders["sdxl"], "bf16", 264)
+    xl = load_frozen_diffusion(folders["sdxl"], "bf16", 264)
     sizes = xl.besides(xl.encode(["a fox"]))["added_cond_kwargs"]["time_ids"]
     assert sizes.tolist() == [[264, 264, 0, 0, 264, 264]]
 
@@ -212,17 +216,17 @@ def test_noise_is_shifted_and_sdxl_told_by_the_size(folders):
 )  # fmt: skip
 def test_a_size_that_the_model_cannot_take_is_refused(folders, family, size, message):
     with pytest.raises(BadInputError, match=message):
-        load_backbone(folders[family], picture_size=size)
+        load_frozen_diffusion(folders[family], picture_size=size)
 
 
 @pytest.mark.parametrize(("family", "size"), [("sd3", 32), ("sd3", 4), ("flux", 20), ("storybook", 24)])
 def test_the_sizes_that_are_proposed_instead_can_be_taken(folders, family, size):
-    backbone = load_backbone(folders[family], picture_size=size)
-    answer = backbone.encode(["a fox"])
-    latents = backbone.latents([noise_picture(size)])
+    diffusion = load_frozen_diffusion(folders[family], picture_size=size)
+    answer = diffusion.encode(["a fox"])
+    latents = diffusion.latents([noise_picture(size)])
     with torch.no_grad():
-        times = backbone.times([torch.Generator().manual_seed(1)])
-        assert backbone.loss(answer, latents, torch.randn_like(latents), times, 5.0).isfinite()
+        times = diffusion.timesteps([torch.Generator().manual_seed(1)])
+        assert diffusion.loss(answer, latents, torch.randn_like(latents), times, 5.0).isfinite()
 
 
 @pytest.fixture
@@ -254,6 +258,6 @@ def test_an_evaluation_on_data_draws_pictures_of_the_size_that_was_asked_for(eva
     assert {file.parents[1].name for file in files} == {"vokens", "oracle", "true"}
     assert {Image.open(file).height for file in files} == {64}
     with pytest.raises(BadInputError, match="picture_size is 60, .* multiples of 8"):
-        evaluate(replace(recipe, picture_size=60), tmp_path / "out")
+        evaluate(change_recipe(recipe, picture_size=60), tmp_path / "out")
     with pytest.raises(BadInputError, match="picture_size is 64, but data is not set"):
-        replace(recipe, data="")
+        change_recipe(recipe, data="")

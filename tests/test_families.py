@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,12 @@ from minigpt5_core.story import Story
 from minigpt5_core.versions import has_transformers
 from minigpt5_core.vokens import gather_voken_states
 from tests.family_toys import SIDE, TOYS
+from tests.stages import few_captions, train_align, train_finetune
+from trainer.common.recipe import make_recipe
 from trainer.llm.adapters import save_adapter, trainable, with_prefix
 from trainer.llm.sequences import StorySequence, story_losses, story_sequence
-from trainer.stages import align
-from trainer.stages.align import AlignRecipe, train_align
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
-from trainer.training import loop
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLE = Path(__file__).with_name("families.md")
@@ -235,20 +236,16 @@ def test_pictures_stand_behind_their_scenes_and_are_seen_once(kind, llm, monkeyp
 @pytest.fixture(scope="module")
 def stages(folder, tiny_diffusion_folder, tmp_path_factory):
     """Both stages, two steps each; what was trained in the second one, and their folders."""
-    run, plain = tmp_path_factory.mktemp("stages"), align.caption_states
-    with (
-        pytest.MonkeyPatch.context() as patch
-    ):  # neither captions to measure nor a figure are what this is about
-        patch.setattr(align, "caption_states", lambda count, seed: plain(min(count, 4), seed))
-        patch.setattr(loop, "plot_losses", lambda *arguments: None)
-        yield train_both(folder, tiny_diffusion_folder, run), run
+    run = tmp_path_factory.mktemp("stages")
+    return train_both(folder, tiny_diffusion_folder, run), run
 
 
 def train_both(folder: Path, diffusion: Path, run: Path) -> FrozenLLM:
     parts = {"llm": str(folder), "diffusion": str(diffusion), "steps": 2, "batch": 2}
-    train_align(AlignRecipe(**parts, captions=4), run / "align")
-    recipe = FinetuneRecipe(
-        **parts, stories=2, questions=1, shown_share=1.0, image_from=0.0, lora_dropout=0.0
+    align = make_recipe(AlignRecipe, **parts, captions=4)
+    train_align(align, run / "align", open_source=few_captions(align))
+    recipe = make_recipe(
+        FinetuneRecipe, **parts, stories=2, questions=1, shown_share=1.0, image_from=0.0, lora_dropout=0.0
     )
     trained, _ = train_finetune(recipe, run / "finetune", run / "align")
     trained.causal_lm.eval()
@@ -306,7 +303,7 @@ def test_a_story_is_told_and_what_was_drawn_is_shown(kind, folder, stages, tiny_
 @pytest.mark.slow
 @check("a learned prefix")
 def test_a_learned_prefix_stands_in_front_in_training_and_in_use(kind, folder, llm, tmp_path):
-    adapted = with_prefix(llm, 3, 8)
+    llm, adapted = with_prefix(llm, 3, 8)
     turns = turns_with(llm, 2, open_end=False)
     _, loss = story_losses(llm, [story_sequence(llm, turns)])
     loss.backward()
@@ -319,8 +316,8 @@ def test_a_learned_prefix_stands_in_front_in_training_and_in_use(kind, folder, l
     labels = [-100] * (len(ids) - 1) + [0]
     trained, _ = story_losses(llm, [StorySequence(ids, labels, [len(start.spread)], start.images)])
     assert torch.allclose(reply.voken_states, trained, atol=1e-4)
-    llm.prefix = None
-    without, _ = story_losses(llm, [StorySequence(ids, labels, [len(start.spread)], start.images)])
+    bare = replace(llm, prefix=None)
+    without, _ = story_losses(bare, [StorySequence(ids, labels, [len(start.spread)], start.images)])
     assert not torch.allclose(trained, without, atol=1e-2)
 
 

@@ -27,7 +27,7 @@ from trainer.common.images import to_tensor
 from trainer.common.progress import Terminated, TrainingError
 from trainer.data.formats import read
 from trainer.data.records import BrokenPicture, Picture
-from trainer.data.source import Shown
+from trainer.data.source import PictureTarget
 from trainer.diffusion import base
 from trainer.diffusion.unet import Sd
 from trainer.feature_cache import build as cache_build
@@ -98,7 +98,7 @@ def assert_right(features, data, pipeline, llm, layout="jsonl"):
     """Whatever the cache answers is what training computes, bit by bit; and it has an answer to everything."""
     for picture, caption in pictured(data, layout):
         image = picture.open()
-        shows = [Shown(caption, lambda _, image=image: image)]
+        shows = [PictureTarget(caption, lambda _, image=image: image)]
         assert torch.equal(features.latents(picture), picture_latents(Sd(pipeline), shows)[0])
         assert torch.equal(features.target(caption).tokens, encode_texts(pipeline, [caption])[0])
         llm.seen.clear()
@@ -116,7 +116,9 @@ def test_the_cache_has_what_training_computes(data, tmp_path, pipeline, llm):
     features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     assert_right(features, data, pipeline, llm)
     # as training computes them, a batch at a time: other sizes, other order of summation
-    shows = [Shown(caption, lambda _, picture=picture: picture.open()) for picture, caption in pictures]
+    shows = [
+        PictureTarget(caption, lambda _, picture=picture: picture.open()) for picture, caption in pictures
+    ]
     latents = torch.stack([features.latents(picture) for picture, _ in pictures])
     assert torch.allclose(latents, picture_latents(Sd(pipeline), shows), atol=1e-5)
     targets = torch.stack([features.target(caption).tokens for _, caption in pictures])
@@ -143,7 +145,7 @@ def test_a_second_run_computes_and_decodes_nothing(data, tmp_path, pipeline, llm
     files = sorted((tmp_path / "cache").iterdir())
     for place, name in ((pipeline.vae, "encode"), (llm, "see"), (Picture, "open")):
         monkeypatch.setattr(place, name, lambda *given, name=name: pytest.fail(f"{name} was called"))
-    monkeypatch.setattr(base.Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
+    monkeypatch.setattr(base.FrozenDiffusion, "_encode", lambda *given: pytest.fail("a text was encoded"))
     second = filled(data, tmp_path / "cache", pipeline, llm)
     assert (second.computed, second.there, second.written) == (0, first.computed, 0)
     assert sorted((tmp_path / "cache").iterdir()) == files

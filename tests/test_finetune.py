@@ -3,7 +3,7 @@ import torch
 from minigpt5_core.generate import Prompt, Sampling, generate
 from minigpt5_core.prompts import Turn, chat_text
 from trainer.llm.sequences import story_losses, story_sequence
-from trainer.stages.finetune import FinetuneRecipe, with_lora
+from trainer.stages.finetune import FinetuneModel, with_lora
 
 TURNS = [Turn("Mia.", "Mia wakes."), Turn("Next?", "She runs.")]
 
@@ -41,7 +41,7 @@ def test_training_and_telling_see_the_same_voken_states(tiny_llm):
 
 
 def test_lora_trains_the_voken_rows_and_two_projections_only(tiny_llm):
-    adapted = with_lora(tiny_llm, FinetuneRecipe())
+    _, adapted = with_lora(tiny_llm, FinetuneModel())
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     lora = [name for name in trained if "lora_" in name]
     assert len(lora) == 2 * 2 * 2  # layers, projections, A and B

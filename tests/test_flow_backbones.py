@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,13 +19,14 @@ from minigpt5_core.pipeline import StoryTeller, load_diffusion, prompt_arguments
 from minigpt5_core.story import Story
 from minigpt5_core.weights import load_mapper
 from tests import toy_diffusion
+from tests.stages import train_align, train_finetune, values_of
 from tests.toy_diffusion import WIDTH, save
 from trainer.cli import main
-from trainer.diffusion import Backbone, Targets, load_backbone
+from trainer.common.recipe import change_recipe, make_recipe
+from trainer.diffusion import FrozenDiffusion, TextTargets, load_frozen_diffusion
 from trainer.diffusion.flow import Flux
-from trainer.stages import align
-from trainer.stages.align import AlignRecipe, train_align
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneRecipe
 from trainer.storybook.world.export import export_stories
 from trainer.training.build_mapper import new_mapper
 
@@ -69,26 +69,24 @@ def folder(folders, family, monkeypatch):
 @pytest.fixture
 def recipe(folder, family, tiny_llm_folder, tmp_path):
     space = SPACES[family]
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(folder), space=space.name, tokens=space.tokens, steps=3, batch=2,
         image_from=0.0, preview_every=3, save_every=100, tracker="",
         data=str(export_stories("jsonl", 2, 3, tmp_path / "data")),
     )  # fmt: skip
 
 
-@pytest.fixture
-def loaded(monkeypatch):
-    """The backbones that a training loads, each with its weights as they were."""
-    found = []
+class Watched:
+    """Loads diffusion models, and keeps each with its weights as they were."""
 
-    def load(*given):
-        backbone = load_backbone(*given)
-        parts = [part for part in backbone.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        found.append((parts, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]))
-        return backbone
+    def __init__(self):
+        self.found = []
 
-    monkeypatch.setattr(align, "load_backbone", load)
-    return found
+    def __call__(self, *given):
+        diffusion = load_frozen_diffusion(*given)
+        parts = [part for part in diffusion.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        self.found.append((parts, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]))
+        return diffusion
 
 
 def losses(run):
@@ -127,21 +125,20 @@ def flux_by_hand(pipeline, noisy, sigma, answer):
 
 @every_family("train")
 @pytest.mark.slow
-def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, family, loaded, tmp_path):
-    train_align(recipe, tmp_path / "align")
+def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, family, tmp_path):
+    watched = Watched()
+    train_align(recipe, tmp_path / "align", load_diffusion=watched)
     assert (tmp_path / "align" / "preview_000003.png").is_file()
     assert len(losses(tmp_path / "align")) == 3
-    ((parts, before),) = loaded
+    ((parts, before),) = watched.found
     for part, weights in zip(parts, before, strict=True):
         assert all(torch.equal(weights[name], now) for name, now in part.state_dict().items())
         assert not any(parameter.requires_grad for parameter in part.parameters())
-    named = {
-        name: getattr(recipe, name) for name in ("llm", "diffusion", "space", "tokens", "data", "tracker")
-    }
+    named = values_of(recipe, "llm", "diffusion", "space", "tokens", "data", "tracker")
     AcceleratorState._reset_state(reset_partial_state=True)  # it takes a process's first precision for good
     half = {"precision": "bf16", "llm_precision": "bf16", "gradient_checkpointing": True}
     train_finetune(
-        FinetuneRecipe(**named, **half, steps=2, batch=1, image_from=0.0),
+        make_recipe(FinetuneRecipe, **named, **half, steps=2, batch=1, image_from=0.0),
         tmp_path / "told",
         tmp_path / "align",
     )
@@ -164,9 +161,9 @@ def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder,
     given = ["--format", "jsonl", "--out", str(tmp_path / "cache"), "--diffusion", str(folder)]
     assert main(["data", "cache", recipe.data, *given]) == 0
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Backbone, "_encode", lambda *given: pytest.fail("a text was encoded"))
+        patched.setattr(FrozenDiffusion, "_encode", lambda *given: pytest.fail("a text was encoded"))
         patched.setattr("trainer.diffusion.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
-        cached = replace(recipe, cache=str(tmp_path / "cache"), gradient_checkpointing=True)
+        cached = change_recipe(recipe, cache=str(tmp_path / "cache"), gradient_checkpointing=True)
         train_align(cached, tmp_path / "cached")
     assert len(losses(tmp_path / "pixels")) == 3
     for pixels, kept in zip(losses(tmp_path / "pixels"), losses(tmp_path / "cached"), strict=True):
@@ -175,41 +172,41 @@ def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder,
 
 @every_family("train")
 def test_the_loss_is_the_squared_error_of_the_velocity(folder, family):
-    backbone = load_backbone(folder)
-    size = backbone.side // backbone.pipeline.vae_scale_factor
+    diffusion = load_frozen_diffusion(folder)
+    size = diffusion.side // diffusion.pipeline.vae_scale_factor
     latents, noise = torch.randn(2, 2, 16, size, size)
-    sigma, answer = torch.tensor([0.2, 0.9]), backbone.encode(["a fox", "a bear"])
+    sigma, answer = torch.tensor([0.2, 0.9]), diffusion.encode(["a fox", "a bear"])
     with torch.no_grad():
-        found = backbone.loss(answer, latents, noise, sigma, 5.0)
+        found = diffusion.loss(answer, latents, noise, sigma, 5.0)
         errors = []
         for row in range(2):
             one = conditioning.Conditioning(answer.tokens[row : row + 1], answer.pooled[row : row + 1])
             noisy = latents[row] + sigma[row] * (noise[row] - latents[row])  # from the picture to the noise
-            velocity = by_hand(family, backbone.pipeline, noisy[None], sigma[row : row + 1], one)
+            velocity = by_hand(family, diffusion.pipeline, noisy[None], sigma[row : row + 1], one)
             errors.append((velocity[0] - (noise[row] - latents[row])).square().mean().item())
     assert found.item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
 def test_a_flux_without_guidance_is_asked_without(folders):
-    backbone = load_backbone(folders["schnell"])
-    answer, sigma = backbone.encode(["a fox"]), torch.tensor([0.3])
+    diffusion = load_frozen_diffusion(folders["schnell"])
+    answer, sigma = diffusion.encode(["a fox"]), torch.tensor([0.3])
     noisy = torch.randn(1, 16, 4, 8)  # higher than wide: rows and columns are told apart
     with torch.no_grad():
-        found = backbone.predict(noisy, sigma, answer)
-        expected = flux_by_hand(backbone.pipeline, noisy, sigma, answer)
+        found = diffusion.predict(noisy, sigma, answer)
+        expected = flux_by_hand(diffusion.pipeline, noisy, sigma, answer)
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 @every_family("train")
 def test_a_conditioning_gets_a_gradient_through_the_frozen_model(folder):
-    backbone = load_backbone(folder)
-    size = backbone.side // backbone.pipeline.vae_scale_factor
-    answer = backbone.encode(["a fox"])
+    diffusion = load_frozen_diffusion(folder)
+    size = diffusion.side // diffusion.pipeline.vae_scale_factor
+    answer = diffusion.encode(["a fox"])
     given = conditioning.Conditioning(
         answer.tokens.clone().requires_grad_(), answer.pooled.clone().requires_grad_()
     )
     latents, noise = torch.randn(2, 1, 16, size, size)
-    backbone.loss(given, latents, noise, torch.tensor([0.5]), 5.0).backward()
+    diffusion.loss(given, latents, noise, torch.tensor([0.5]), 5.0).backward()
     assert given.tokens.grad.abs().sum() > 0 and given.pooled.grad.abs().sum() > 0
 
 
@@ -222,28 +219,28 @@ def test_the_loss_of_the_true_velocity_is_zero_and_every_sample_weighs_alike():
 
 @every_family("train")
 def test_times_are_logit_normal_shifted_as_the_scheduler_shifts(folder):
-    backbone = load_backbone(folder)
+    diffusion = load_frozen_diffusion(folder)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
     for given, expected in (
         ({"shift": 3.0, "use_dynamic_shifting": False}, math.log(3)),
         ({"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 28}, 0.5 + 0.65 * 12 / 24),
     ):  # fmt: skip
-        backbone.pipeline.scheduler.register_to_config(**given)
-        logits = torch.logit(backbone.times(generators).double())
+        diffusion.pipeline.scheduler.register_to_config(**given)
+        logits = torch.logit(diffusion.timesteps(generators).double())
         assert logits.mean().item() == pytest.approx(expected, abs=0.1)
         assert logits.std().item() == pytest.approx(1, abs=0.05)
 
 
 @every_family("train")
 def test_the_times_of_a_sample_follow_from_its_seed_alone(folder):
-    backbone = load_backbone(folder)
-    both = backbone.times([torch.Generator().manual_seed(seed) for seed in (5, 6)])
-    assert torch.equal(backbone.times([torch.Generator().manual_seed(6)]), both[1:])
+    diffusion = load_frozen_diffusion(folder)
+    both = diffusion.timesteps([torch.Generator().manual_seed(seed) for seed in (5, 6)])
+    assert torch.equal(diffusion.timesteps([torch.Generator().manual_seed(6)]), both[1:])
 
 
 def test_a_space_that_is_not_the_models_is_said_before_anything_is_trained(tiny_llm, folders):
-    targets = Targets(load_backbone(folders["sd3"]), ["a fox"])
-    recipe = AlignRecipe(space="sd3", tokens=154)
+    targets = TextTargets(load_frozen_diffusion(folders["sd3"]), ["a fox"])
+    recipe = make_recipe(AlignRecipe, space="sd3", tokens=154)
     with pytest.raises(
         BadInputError, match=r"sd3 \(154 x 4096 .* expects StableDiffusion3Pipeline \(154 x 48 "
     ):
@@ -253,15 +250,15 @@ def test_a_space_that_is_not_the_models_is_said_before_anything_is_trained(tiny_
         pytest.raises(BadInputError, match="Set tokens=154, or caption"),
     ):
         patched.setitem(conditioning.SPACES, "toy_sd3", SPACES["sd3"])
-        new_mapper(AlignRecipe(space="toy_sd3"), tiny_llm, targets)
+        new_mapper(make_recipe(AlignRecipe, space="toy_sd3"), tiny_llm, targets)
 
 
 # Targets and latents
 
 
 def test_sd3s_targets_are_two_clips_side_by_side_and_then_t5(folders):
-    backbone = load_backbone(folders["sd3"])
-    answer, pipeline = backbone.encode(["a fox", ""]), backbone.pipeline
+    diffusion = load_frozen_diffusion(folders["sd3"])
+    answer, pipeline = diffusion.encode(["a fox", ""]), diffusion.pipeline
     assert answer.tokens.shape == (2, 154, WIDTH) and answer.pooled.shape == (2, 22)
     ids = pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
     both = [part(ids, output_hidden_states=True) for part in (pipeline.text_encoder, pipeline.text_encoder_2)]
@@ -276,8 +273,8 @@ def test_sd3s_targets_are_two_clips_side_by_side_and_then_t5(folders):
 
 
 def test_fluxs_targets_are_t5s_tokens_and_the_pooled_vector_of_a_clip(folders):
-    backbone = load_backbone(folders["flux"])
-    answer, pipeline = backbone.encode(["a fox", ""]), backbone.pipeline
+    diffusion = load_frozen_diffusion(folders["flux"])
+    answer, pipeline = diffusion.encode(["a fox", ""]), diffusion.pipeline
     letters = pipeline.tokenizer_2(["a fox", ""], padding="max_length", max_length=256, return_tensors="pt")
     tokens = pipeline.text_encoder_2(letters.input_ids).last_hidden_state
     assert answer.tokens.shape == (2, 256, WIDTH) and torch.allclose(answer.tokens, tokens, atol=1e-6)
@@ -294,13 +291,13 @@ def test_sd3_without_t5_is_trained_on_zeros_in_its_place(folders, tmp_path, how)
         index = json.loads((tmp_path / "model_index.json").read_text())
         nothing = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
         (tmp_path / "model_index.json").write_text(json.dumps(index | nothing))
-    backbone, whole = load_backbone(tmp_path), load_backbone(folders["sd3"])
-    answer, full = backbone.encode(["a fox"]), whole.encode(["a fox"])
+    diffusion, whole = load_frozen_diffusion(tmp_path), load_frozen_diffusion(folders["sd3"])
+    answer, full = diffusion.encode(["a fox"]), whole.encode(["a fox"])
     assert torch.equal(answer.tokens[:, :77], full.tokens[:, :77]) and torch.equal(answer.pooled, full.pooled)
     assert answer.tokens.shape == (1, 154, WIDTH) and not answer.tokens[:, 77:].any()
-    assert len(backbone.token_ids("a fox")) == 2 and len(whole.token_ids("a fox")) == 3
-    targets = Targets(backbone, ["a fox", "a bear"])
-    assert (targets.deviation[77:] == torch.tensor(1e-2)).all()
+    assert len(diffusion.token_ids("a fox")) == 2 and len(whole.token_ids("a fox")) == 3
+    targets = TextTargets(diffusion, ["a fox", "a bear"])
+    assert (targets.std[77:] == torch.tensor(1e-2)).all()
     assert targets.loss(answer, ["a fox"], standardised=True).item() == 0
 
 
@@ -308,15 +305,15 @@ def test_a_model_without_the_text_encoders_that_a_mapper_learns_from_is_refused(
     shutil.copytree(folders["sd3"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "text_encoder_2")
     with pytest.raises(BadInputError, match=r"comes without its text_encoder_2, .* Give the whole folder"):
-        load_backbone(tmp_path)
+        load_frozen_diffusion(tmp_path)
 
 
 @every_family("train")
 def test_latents_are_shifted_and_scaled(folder):
-    backbone = load_backbone(folder)
-    vae, side = backbone.pipeline.vae, backbone.side
+    diffusion = load_frozen_diffusion(folder)
+    vae, side = diffusion.pipeline.vae, diffusion.side
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    found = backbone.latents([Image.fromarray(pixels)])
+    found = diffusion.latents([Image.fromarray(pixels)])
     scaled = torch.from_numpy(pixels).float().permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         plain = vae.encode(scaled).latent_dist.mean
@@ -331,25 +328,25 @@ def test_latents_are_shifted_and_scaled(folder):
 
 @every_family("diffusers")
 def test_a_target_draws_what_its_caption_draws(folder, family):
-    backbone = load_backbone(folder)
-    drawn = backbone.draw(backbone.encode(["a fox", "a bear"]), backbone.encode([""]), seed=3)
+    diffusion = load_frozen_diffusion(folder)
+    drawn = diffusion.generate(diffusion.encode(["a fox", "a bear"]), diffusion.encode([""]), seed=3)
     generator = torch.Generator().manual_seed(3)
     same = {
-        "height": backbone.side, "width": backbone.side, "num_inference_steps": 15, "generator": generator,
-        "max_sequence_length": backbone.t5_tokens, "guidance_scale": backbone.guidance,
+        "height": diffusion.side, "width": diffusion.side, "num_inference_steps": 15, "generator": generator,
+        "max_sequence_length": diffusion.t5_tokens, "guidance_scale": diffusion.guidance,
     }  # fmt: skip
     asked = {"sd3": {"negative_prompt": ""}, "flux": {}}[family]
     for picture, caption in zip(drawn, ["a fox", "a bear"], strict=True):
-        expected = backbone.pipeline(caption, **same, **asked).images[0]
-        assert picture.size == (backbone.side,) * 2
+        expected = diffusion.pipeline(caption, **same, **asked).images[0]
+        assert picture.size == (diffusion.side,) * 2
         assert np.abs(np.asarray(picture, int) - np.asarray(expected, int)).max() <= 1
     assert np.abs(np.asarray(drawn[0], int) - np.asarray(drawn[1], int)).max() > 1
 
 
 def test_flux_is_guided_away_from_the_mappers_negative_where_true_cfg_scale_asks_for_it(folders):
-    backbone = load_backbone(folders["schnell"])
-    pipeline, side = backbone.pipeline, backbone.side
-    given = prompt_arguments(backbone.encode(["a fox"]), backbone.encode([""]))
+    diffusion = load_frozen_diffusion(folders["schnell"])
+    pipeline, side = diffusion.pipeline, diffusion.side
+    given = prompt_arguments(diffusion.encode(["a fox"]), diffusion.encode([""]))
     same = {
         "height": side, "width": side, "num_inference_steps": 2, "output_type": "latent", "true_cfg_scale": 4.0,
     }  # fmt: skip

@@ -134,7 +134,7 @@ def test_half_an_adapter_is_half_way(pack, llm, models, tiny_llm_folder):
 
 
 def test_a_prefix_stands_in_front_of_the_story_and_has_no_strength(pack, llm, models, tiny_llm_folder):
-    prefixed = with_prefix(load_llm(tiny_llm_folder), tokens=3, width=0)
+    _, prefixed = with_prefix(load_llm(tiny_llm_folder), tokens=3, width=0)
     save_prefix(prefixed, tiny_llm_folder, models / "loras" / "mine")
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
     assert adapted.frozen.begin(2).get_seq_length() == 3

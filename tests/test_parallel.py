@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,23 +18,26 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import load_llm
+from minigpt5_core.precision import holding
+from tests.stages import train_align, train_finetune, train_mapper, values_of
+from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.record_source import RecordSource
-from trainer.data.source import Share
+from trainer.data.source import Shard
 from trainer.data.stream import Stream
 from trainer.data.tasks import Task
-from trainer.stages.align import AlignRecipe, train_align
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
-from trainer.stages.mapper import MapperRecipe, train_mapper
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneData, FinetuneRecipe
+from trainer.stages.mapper import MapperRecipe
 from trainer.storybook.world.export import export_stories
-from trainer.storybook.world.source import StorybookSource
-from trainer.training.setup import load_frozen_llm
+from trainer.storybook.world.source import StorySource
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
 def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=8, steps=4, batch=4,
         image_from=0.0, preview_every=100, save_every=100, dropout=0.3, tracker="",
     )  # fmt: skip
@@ -42,7 +45,7 @@ def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
 
 @pytest.fixture
 def finetune_recipe(tiny_llm_folder, tiny_diffusion_folder, tmp_path):
-    return FinetuneRecipe(
+    return make_recipe(FinetuneRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), steps=4, batch=4, captions=3, lora_dropout=0.0,
         image_from=0.0, preview_every=100, save_every=100, dropout=0.3, tracker="",
         data=str(export_stories("jsonl", 6, 3, tmp_path / "data")),
@@ -71,7 +74,7 @@ def same_weights(first, second, atol):
 
 def as_text(examples):
     return [
-        ([(turn.request, turn.text) for turn in one.turns], [shown.seed for shown in one.shows])
+        ([(turn.request, turn.text) for turn in one.turns], [target.seed for target in one.targets])
         for one in examples
     ]
 
@@ -82,15 +85,15 @@ def test_processes_share_what_one_draws_and_draw_nothing_twice(kind, tiny_llm, t
 
     def source():
         if kind == "world":
-            return StorybookSource(tiny_llm, 8, 3, 0.5)
+            return StorySource(tiny_llm, FinetuneData(stories=8), 3)
         tasks = {"story": Task(), "picture_from_text": Task()}
         return RecordSource(tiny_llm, Stream(path, "jsonl", 5), tasks)
 
     whole, first, second = source(), source(), source()
     for step in range(5):
         one, *halves = (
-            as_text(some.draw(5, random.Random(step), share))
-            for some, share in ((whole, Share()), (first, Share(0, 2)), (second, Share(1, 2)))
+            as_text(some.sample(5, random.Random(step), shard)["text"])
+            for some, shard in ((whole, Shard()), (first, Shard(0, 2)), (second, Shard(1, 2)))
         )
         assert halves == [one[0::2], one[1::2]]
         if step == 0:  # later an epoch may end in between
@@ -100,10 +103,10 @@ def test_processes_share_what_one_draws_and_draw_nothing_twice(kind, tiny_llm, t
 @pytest.mark.slow
 def test_parts_of_a_batch_give_the_whole_batchs_gradient(align_recipe, finetune_recipe, tmp_path):
     train_align(align_recipe, tmp_path / "whole")
-    train_align(replace(align_recipe, accumulation=3), tmp_path / "parts")
+    train_align(change_recipe(align_recipe, accumulation=3), tmp_path / "parts")
     same_curve(tmp_path / "whole", tmp_path / "parts")
     train_finetune(finetune_recipe, tmp_path / "told")
-    train_finetune(replace(finetune_recipe, accumulation=4), tmp_path / "told_parts")
+    train_finetune(change_recipe(finetune_recipe, accumulation=4), tmp_path / "told_parts")
     assert {"text", "caption_text", "caption", "image"} < set(curve(tmp_path / "told")[0])
     same_curve(tmp_path / "told", tmp_path / "told_parts")
 
@@ -119,7 +122,7 @@ def command(stage, recipe, out, processes, *options):
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_recipe, tmp_path):
     recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
-    recipe = replace(recipe, save_every=2)
+    recipe = change_recipe(recipe, save_every=2)
     run(recipe, tmp_path / "one")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -145,9 +148,9 @@ def test_an_llm_spread_over_processes_gives_the_loss_curve_of_a_whole_one(
     stage, align_recipe, finetune_recipe, tmp_path
 ):
     recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
-    recipe = replace(recipe, shard_llm=True, preview_every=4)
+    recipe = change_recipe(recipe, shard_llm=True, preview_every=4)
     if stage == "finetune":  # the second process has none of the captions, and runs all the same
-        recipe = replace(recipe, captions=1, gradient_checkpointing=True)
+        recipe = change_recipe(recipe, captions=1, gradient_checkpointing=True)
     run(recipe, tmp_path / "whole")  # one process has nobody to share with
     done = subprocess.run(
         command(stage, recipe, tmp_path / "spread", 2),
@@ -172,7 +175,7 @@ def test_what_accelerate_would_cut_up_is_refused(align_recipe, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_run_that_loses_a_process_starts_again_from_its_newest_state(align_recipe, tmp_path):
-    recipe = replace(align_recipe, steps=14, save_every=2)
+    recipe = change_recipe(align_recipe, steps=14, save_every=2)
     # or, with torch 2.13, the new processes would find the lost ones' addresses in the old store
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     process = subprocess.Popen(
@@ -203,16 +206,16 @@ def test_a_run_that_loses_a_process_starts_again_from_its_newest_state(align_rec
 
 def test_more_processes_than_examples_are_refused(align_recipe, tmp_path):
     with pytest.raises(BadInputError, match="batch is 4, for 1 processes with 5 parts each.*Set batch=5"):
-        train_align(replace(align_recipe, accumulation=5), tmp_path)
+        train_align(change_recipe(align_recipe, accumulation=5), tmp_path)
 
 
 @pytest.mark.slow
 def test_the_result_is_the_average_over_the_steps(align_recipe, tmp_path):
-    recipe = replace(align_recipe, ema_decay=0.5, save_every=1, keep=10)
+    recipe = change_recipe(align_recipe, ema_decay=0.5, save_every=1, keep=10)
     train_align(recipe, tmp_path / "run")
     states = [load_file(tmp_path / f"run/states/step_00000{n}/model.safetensors") for n in (1, 2, 3, 4)]
     name = "mapper.queries"
-    train_align(replace(recipe, steps=1, warmup=0.0, mapper_rate=0.0, row_rate=0.0), tmp_path / "start")
+    train_align(change_recipe(recipe, steps=1, warmup=0.0, mapper_lr=0.0, voken_lr=0.0), tmp_path / "start")
     average = load_file(tmp_path / "start/states/step_000001/model.safetensors")[name]
     for step, state in enumerate(states):  # the decay grows to its full value: Karras et al.'s warm-up
         decay = min(0.5, 1 - (1 + step) ** -0.75) if step else 0.0
@@ -224,7 +227,7 @@ def test_the_result_is_the_average_over_the_steps(align_recipe, tmp_path):
 
 @pytest.mark.slow
 def test_an_average_goes_on_where_it_stood(align_recipe, tmp_path):
-    recipe = replace(align_recipe, ema_decay=0.9, save_every=2)
+    recipe = change_recipe(align_recipe, ema_decay=0.9, save_every=2)
     train_align(recipe, tmp_path / "whole")
     train_align(recipe, tmp_path / "parts")
     newest = tmp_path / "parts" / "states" / "step_000004"
@@ -236,10 +239,12 @@ def test_an_average_goes_on_where_it_stood(align_recipe, tmp_path):
 @pytest.mark.slow
 def test_checkpointing_changes_no_number(finetune_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "plain")
-    train_finetune(replace(finetune_recipe, gradient_checkpointing=True), tmp_path / "saving")
+    train_finetune(change_recipe(finetune_recipe, gradient_checkpointing=True), tmp_path / "saving")
     same_curve(tmp_path / "plain", tmp_path / "saving", tolerance=1e-5)
     with pytest.raises(BadInputError, match="does not go with adapter=prefix"):
-        train_finetune(replace(finetune_recipe, gradient_checkpointing=True, adapter="prefix"), tmp_path)
+        train_finetune(
+            change_recipe(finetune_recipe, gradient_checkpointing=True, adapter="prefix"), tmp_path
+        )
 
 
 @pytest.fixture
@@ -254,7 +259,7 @@ def fresh_accelerate():
 def test_bf16_trains_close_to_float32_and_keeps_float32_weights(finetune_recipe, tmp_path, fresh_accelerate):
     train_finetune(finetune_recipe, tmp_path / "full")
     fresh_accelerate(reset_partial_state=True)
-    train_finetune(replace(finetune_recipe, precision="bf16"), tmp_path / "half")
+    train_finetune(change_recipe(finetune_recipe, precision="bf16"), tmp_path / "half")
     first, half = (curve(tmp_path / name)[0] for name in ("full", "half"))
     assert all(half[name] == pytest.approx(first[name], rel=0.05) for name in first)
     assert any(half[name] != first[name] for name in first)
@@ -267,21 +272,21 @@ def test_bf16_trains_close_to_float32_and_keeps_float32_weights(finetune_recipe,
     "changes", [{"llm_precision": "4bit", "optimizer": "adamw8bit"}, {"llm_precision": "bf16"}]
 )
 def test_an_llm_held_small_learns_and_is_not_changed(finetune_recipe, tmp_path, changes):
-    recipe = replace(finetune_recipe, steps=6, warmup=0.0, **changes)
+    recipe = change_recipe(finetune_recipe, steps=6, warmup=0.0, **changes)
     llm, _ = train_finetune(recipe, tmp_path)
     table = llm.causal_lm.get_base_model() if hasattr(llm.causal_lm, "get_base_model") else llm.causal_lm
     kept = [part.weight for name, part in table.named_modules() if name.endswith("q_proj.base_layer")]
     assert {weight.dtype for weight in kept} == {torch.uint8 if "optimizer" in changes else torch.bfloat16}
-    fresh, _ = load_frozen_llm(recipe, torch.device("cpu"))
+    held = values_of(recipe, "llm", "diffusion", "llm_precision")
+    fresh = load_llm(Path(held["llm"]), **holding(held["llm_precision"]))
     before = [part.weight for name, part in fresh.causal_lm.named_modules() if name.endswith("q_proj")]
     assert len(before) == len(kept) and all(torch.equal(*pair) for pair in zip(before, kept, strict=True))
     lines = curve(tmp_path)
     assert lines[-1]["caption"] < lines[0]["caption"]
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert any("lora_B" in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
-    held = {name: getattr(recipe, name) for name in ("llm", "diffusion", "llm_precision")}
-    alone = MapperRecipe(
-        **held, stories=1, captions=2, steps=2, batch=2, caption_weight=1.0, image_weight=0.0
+    alone = make_recipe(
+        MapperRecipe, **held, stories=1, captions=2, steps=2, batch=2, caption_weight=1.0, image_weight=0.0
     )
     train_mapper(
         alone, tmp_path / "mapper", tmp_path
@@ -292,24 +297,23 @@ def test_an_llm_held_small_learns_and_is_not_changed(finetune_recipe, tmp_path, 
 def test_what_is_not_installed_is_named(align_recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or set optimizer=adamw"):
-        train_align(replace(align_recipe, optimizer="adamw8bit"), tmp_path)
+        train_align(change_recipe(align_recipe, optimizer="adamw8bit"), tmp_path)
     monkeypatch.setattr("minigpt5_core.precision.find_spec", lambda name: None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or take bf16"):
-        train_align(replace(align_recipe, llm_precision="4bit"), tmp_path)
+        train_align(change_recipe(align_recipe, llm_precision="4bit"), tmp_path)
 
 
 def test_settings_that_do_nothing_are_refused(align_recipe):
     with pytest.raises(BadInputError, match="gradient_checkpointing needs data"):
-        replace(align_recipe, gradient_checkpointing=True)
+        change_recipe(align_recipe, gradient_checkpointing=True)
     for idle in (
-        {"data": "x"},
         {"gradient_checkpointing": True},
         {"shard_llm": True},
     ):
         with pytest.raises(BadInputError, match=next(iter(idle))):
-            MapperRecipe(**idle)
+            make_recipe(MapperRecipe, **idle)
     with pytest.raises(BadInputError, match="cache is set, but data is not"):
-        replace(align_recipe, cache="x")
+        change_recipe(align_recipe, cache="x")
 
 
 def test_settings_that_are_none_are_refused(align_recipe):
@@ -322,4 +326,4 @@ def test_settings_that_are_none_are_refused(align_recipe):
         small,
     ):
         with pytest.raises(BadInputError, match=next(iter(wrong))):
-            replace(align_recipe, **wrong)
+            change_recipe(align_recipe, **wrong)

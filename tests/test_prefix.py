@@ -10,8 +10,10 @@ from minigpt5_core.adapter import ADAPTER_WEIGHTS, VOKEN_ROWS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate
 from minigpt5_core.llm import load_adapter, load_llm
+from tests.stages import train_finetune
+from trainer.common.recipe import make_recipe
 from trainer.llm.adapters import save_adapter, with_prefix
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.stages.finetune import FinetuneRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -20,7 +22,8 @@ def random_prefix(folder, out, width=16, vokens=8):
     """An LLM with an untrained prefix, and the folder it was saved to."""
     llm = load_llm(folder, vokens)
     torch.manual_seed(1)
-    adapted = with_prefix(llm, 3, width).eval()
+    llm, adapted = with_prefix(llm, 3, width)
+    adapted.eval()
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -64,7 +67,7 @@ def test_cached_batched_and_alone_are_one_with_a_prefix(tiny_llm_folder, tmp_pat
 def test_finetune_trains_prefix_rows_and_mapper_and_nothing_else(
     tiny_llm_folder, tiny_diffusion_folder, tmp_path
 ):
-    recipe = FinetuneRecipe(
+    recipe = make_recipe(FinetuneRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), stories=4, steps=3, batch=1,
         image_from=0.0, preview_every=9, save_every=9, adapter="prefix", prefix_width=16,
     )  # fmt: skip
@@ -114,4 +117,4 @@ def test_what_does_not_fit_is_said(tiny_llm_folder, tmp_path):
 
 def test_an_unknown_kind_of_adapter_is_said():
     with pytest.raises(BadInputError, match="adapter is 'ia3'"):
-        FinetuneRecipe(adapter="ia3")
+        make_recipe(FinetuneRecipe, adapter="ia3")

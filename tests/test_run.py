@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from minigpt5_core.conditioning import Conditioning
+from tests.stages import train_align, values_of
 from trainer.cli import main
 from trainer.common.progress import Progress, Terminated, TrainingError, interrupts
 from trainer.common.provenance import fingerprint
+from trainer.common.recipe import change_recipe, make_recipe
+from trainer.diffusion import load_frozen_diffusion
 from trainer.stages import align
-from trainer.stages.align import AlignRecipe, train_align
+from trainer.stages.align import AlignRecipe
 from trainer.training.checkpoint import Run
 from trainer.training.run_summary import running_mean
 
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def recipe(tiny_llm_folder, tiny_diffusion_folder):
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=8, steps=6, batch=2, image_weight=0.0,
         preview_every=100, save_every=1, keep=2,
     )  # fmt: skip
@@ -48,7 +51,7 @@ def test_a_finished_run_explains_itself(recipe, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6] and {"caption", "text"} < set(lines[0])
     described = json.loads((tmp_path / "run.json").read_text())
-    assert described["stage"] == "align" and described["recipe"]["steps"] == 6
+    assert described["stage"] == "align" and described["recipe"]["optim"]["steps"] == 6
     assert described["versions"]["torch"] == torch.__version__ and described["data"]["name"] == "storybook"
     text = (tmp_path / "README.md").read_text()
     assert f"| caption | {lines[-1]['caption']:.4f} |" in text and "Steps: 6, seed 0" in text
@@ -91,20 +94,25 @@ def test_a_full_disk_stops_the_run_and_leaves_the_state_before(recipe, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_changes_nothing_and_says_what_is_safe(recipe, tmp_path, monkeypatch):
-    plain, calls = align.PictureLosses.__call__, []
+def test_a_loss_that_is_no_number_changes_nothing_and_says_what_is_safe(recipe, tmp_path):
+    steps = []
 
-    def broken(self, *given):
-        calls.append(1)
-        losses = plain(self, *given)
-        return {**losses, "caption": losses["caption"] * (float("nan") if len(calls) == 4 else 1)}
+    def load_broken(*given):
+        diffusion = load_frozen_diffusion(*given)
+        plain = diffusion.encode
 
-    with (
-        monkeypatch.context() as patched,
-        pytest.raises(TrainingError, match="step 4: the loss is nan.*after step 3"),
-    ):
-        patched.setattr(align.PictureLosses, "__call__", broken)
-        train_align(recipe, tmp_path / "run")
+        def encode(texts):
+            answer = plain(texts)
+            steps.extend(
+                [1] if len(texts) == recipe.optim.batch else []
+            )  # not those measured before training
+            return Conditioning(answer.tokens * (float("nan") if len(steps) == 4 else 1))
+
+        diffusion.encode = encode
+        return diffusion
+
+    with pytest.raises(TrainingError, match="step 4: the loss is nan.*after step 3"):
+        train_align(recipe, tmp_path / "run", load_diffusion=load_broken)
     train_align(recipe, tmp_path / "run", resume=True)
     train_align(recipe, tmp_path / "whole")
     same(tmp_path / "whole", tmp_path / "run")
@@ -135,9 +143,9 @@ def test_a_signal_waits_for_the_end_of_the_step(number, kind):
 )
 def test_a_stopped_process_goes_on_as_if_nothing_had_been(recipe, tmp_path, number, code):
     """The real command: stopped after its second step, resumed, and compared with one that ran through."""
-    recipe = replace(recipe, steps=15)
+    recipe = change_recipe(recipe, steps=15)
     named = ("llm", "diffusion", "captions", "steps", "batch", "image_weight", "save_every")
-    settings = [f"--set={name}={getattr(recipe, name)}" for name in named]
+    settings = [f"--set={name}={value}" for name, value in values_of(recipe, *named).items()]
     command = [sys.executable, "-m", "trainer", "align", "--out", str(tmp_path / "run"), *settings]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240

@@ -1,7 +1,7 @@
 """Training with pictures, on a tiny LLM: where losses fall, what learns, and the commands end to end."""
 
 import random
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from itertools import islice
 
 import numpy as np
@@ -14,9 +14,11 @@ from minigpt5_core.llm import load_llm, load_sight
 from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig, load_image_adapter
 from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper
+from tests.stages import train_finetune, train_mapper
+from trainer.common.recipe import change_recipe, make_recipe
 from trainer.llm.sequences import story_losses, story_sequence
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
-from trainer.stages.mapper import MapperRecipe, train_mapper
+from trainer.stages.finetune import FinetuneRecipe
+from trainer.stages.mapper import MapperRecipe
 from trainer.storybook.benchmark.identity import identity
 from trainer.storybook.models.caption_baseline import caption_prompt, captioned_turns
 from trainer.storybook.models.image_adapter import read_caption
@@ -94,7 +96,8 @@ def test_stories_with_pictures_finetune_and_leave_the_encoder_as_it_was(trained,
     folder, parts = trained
     file = folder / "sight" / IMAGE_ADAPTER
     before = load_file(file)
-    recipe = FinetuneRecipe(
+    recipe = make_recipe(
+        FinetuneRecipe,
         **parts,
         image_adapter=str(file),
         shown_share=1.0,
@@ -112,7 +115,7 @@ def test_stories_with_pictures_finetune_and_leave_the_encoder_as_it_was(trained,
 
 def test_the_mapper_alone_learns_on_what_the_adapter_says(trained, tmp_path):
     folder, parts = trained
-    recipe = MapperRecipe(
+    recipe = make_recipe(MapperRecipe,
         **parts, stories=1, captions=1, steps=2, batch=2, image_weight=0.0,
         image_adapter=str(folder / "sight" / IMAGE_ADAPTER), shown_share=1.0,
     )  # fmt: skip
@@ -129,8 +132,15 @@ def test_the_mapper_alone_learns_on_what_the_adapter_says(trained, tmp_path):
 
 def test_a_new_mapper_of_another_shape(trained, tmp_path):
     folder, parts = trained
-    recipe = MapperRecipe(
-        **parts, mapper="reference", fresh=True, stories=1, captions=1, steps=1, image_weight=0.0
+    recipe = make_recipe(
+        MapperRecipe,
+        **parts,
+        mapper="reference",
+        fresh=True,
+        stories=1,
+        captions=1,
+        steps=1,
+        image_weight=0.0,
     )
     train_mapper(recipe, tmp_path / "run", folder / "align")
     assert load_mapper(tmp_path / "run" / "mapper.safetensors")[0].config.kind == "reference"
@@ -138,11 +148,11 @@ def test_a_new_mapper_of_another_shape(trained, tmp_path):
 
 def test_a_mapper_needs_a_loss_from_its_first_step_and_a_folder_of_its_own(trained, tmp_path):
     folder, parts = trained
-    recipe = MapperRecipe(**parts, caption_weight=0.0)
+    recipe = make_recipe(MapperRecipe, **parts, caption_weight=0.0)
     with pytest.raises(BadInputError, match="Set image_weight=1 and image_from=0"):
         train_mapper(recipe, tmp_path / "run", folder / "align")
     with pytest.raises(BadInputError, match="--out and --from are both"):
-        train_mapper(replace(recipe, caption_weight=1.0), folder / "align", folder / "align")
+        train_mapper(change_recipe(recipe, caption_weight=1.0), folder / "align", folder / "align")
 
 
 def test_a_mapper_needs_an_adapter_to_listen_to(tmp_path):

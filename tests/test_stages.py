@@ -1,8 +1,5 @@
 """Both stages end to end on a tiny LLM and a tiny diffusion model: what moves, what does not, and resuming."""
 
-import copy
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,9 +9,10 @@ from minigpt5_core.llm import load_adapter, load_llm
 from minigpt5_core.pipeline import Parts, load
 from minigpt5_core.story import Story
 from minigpt5_core.weights import load_mapper
-from trainer.stages import align, finetune
-from trainer.stages.align import AlignRecipe, train_align
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from tests.stages import train_align, train_finetune
+from trainer.common.recipe import change_recipe, make_recipe
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneRecipe
 from trainer.training.checkpoint import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=8, steps=4, batch=4,
         image_from=0.0, preview_every=4, save_every=2, dropout=0.3,
     )  # fmt: skip
@@ -30,23 +28,16 @@ def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
 
 @pytest.fixture
 def finetune_recipe(tiny_llm_folder, tiny_diffusion_folder):
-    return FinetuneRecipe(
+    return make_recipe(FinetuneRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), stories=4, steps=4, batch=1,
         image_from=0.0, preview_every=4, save_every=2,
     )  # fmt: skip
 
 
-def watch(monkeypatch, module, name):
-    """Keeps a copy of what module.name returns."""
-    kept, plain = [], getattr(module, name)
-
-    def watched(*arguments, **keywords):
-        made = plain(*arguments, **keywords)
-        kept.append(copy.deepcopy(made.state_dict()))
-        return made
-
-    monkeypatch.setattr(module, name, watched)
-    return kept
+def unmoved(recipe):
+    """The same training with nothing learned: what it leaves is what the other one began with."""
+    rates = {"lora_lr": 0.0} if recipe.stage == "finetune" else {}
+    return change_recipe(recipe, steps=1, mapper_lr=0.0, voken_lr=0.0, **rates)
 
 
 def base_weights(model):
@@ -59,39 +50,37 @@ def base_weights(model):
 
 
 @pytest.mark.slow
-def test_align_moves_every_trained_parameter_and_no_frozen_one(
-    align_recipe, tmp_path, monkeypatch, tiny_llm_folder
-):
-    mappers = watch(monkeypatch, align, "new_mapper")
-    adapters = watch(monkeypatch, align, "with_voken_rows")
+def test_align_moves_every_trained_parameter_and_no_frozen_one(align_recipe, tmp_path, tiny_llm_folder):
+    train_align(unmoved(align_recipe), tmp_path / "start")
     llm, mapper = train_align(align_recipe, tmp_path / "run")
+    started = load_file(tmp_path / "start" / "mapper.safetensors")
     for name, tensor in mapper.named_parameters():
-        assert not torch.equal(tensor, mappers[0][name]), name
+        assert not torch.equal(tensor, started[name]), name
     fresh = base_weights(load_llm(tiny_llm_folder).causal_lm)
     trained = base_weights(llm.causal_lm)
     assert fresh.keys() == trained.keys()
     assert all(torch.equal(fresh[name], trained[name]) for name in fresh)
-    rows = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    before = next(tensor for name, tensor in adapters[0].items() if "trainable_tokens_delta" in name)
-    after, tied = rows.values()
+    before, _ = load_file(tmp_path / "start" / "adapter" / "adapter_model.safetensors").values()
+    after, tied = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors").values()
     assert torch.equal(after, tied)  # this LLM's input and output rows are one
     assert (before != after).any(1).all()
 
 
 @pytest.mark.slow
 def test_finetune_moves_every_trained_parameter_and_no_frozen_one(
-    finetune_recipe, align_recipe, tmp_path, monkeypatch, tiny_llm_folder
+    finetune_recipe, align_recipe, tmp_path, tiny_llm_folder
 ):
     train_align(align_recipe, tmp_path / "align")
-    adapters = watch(monkeypatch, finetune, "with_lora")
+    begun, _ = train_finetune(unmoved(finetune_recipe), tmp_path / "start", tmp_path / "align")
     llm, mapper = train_finetune(finetune_recipe, tmp_path / "run", tmp_path / "align")
     started, _ = load_mapper(tmp_path / "align" / "mapper.safetensors")
     for name, tensor in mapper.named_parameters():
         assert not torch.equal(tensor, started.state_dict()[name]), name
     trained = {name: p for name, p in llm.causal_lm.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * 2 * 2 + 1
+    before = begun.causal_lm.state_dict()
     for name, tensor in trained.items():
-        assert not torch.equal(tensor, adapters[0][f"base_model.model.{name}"]), name
+        assert not torch.equal(tensor, before[name]), name
     fresh, after = base_weights(load_llm(tiny_llm_folder).causal_lm), base_weights(llm.causal_lm)
     rows = len(fresh["model.embed_tokens.weight"]) - 8  # the eight added rows came from align
     for name in fresh:
@@ -106,7 +95,7 @@ def test_finetune_moves_every_trained_parameter_and_no_frozen_one(
 @pytest.mark.parametrize("head", ["tiny", "untied"])
 def test_a_saved_adapter_gives_the_states_of_the_trained_llm(finetune_recipe, tmp_path, request, head):
     folder = request.getfixturevalue(f"{head}_llm_folder")
-    llm, _ = train_finetune(replace(finetune_recipe, llm=str(folder)), tmp_path / "run")
+    llm, _ = train_finetune(change_recipe(finetune_recipe, llm=str(folder)), tmp_path / "run")
     llm.causal_lm.eval()
     again = load_adapter(load_llm(folder), tmp_path / "run" / "adapter")
     ids = torch.tensor([[1, 2, 3, *llm.voken_ids]])
@@ -123,7 +112,7 @@ def test_an_output_head_of_its_own_learns_its_rows_too(
     stage, align_recipe, finetune_recipe, tmp_path, untied_llm_folder
 ):
     recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
-    run(replace(recipe, llm=str(untied_llm_folder)), tmp_path / "run")
+    run(change_recipe(recipe, llm=str(untied_llm_folder)), tmp_path / "run")
     plain, trained = load_llm(untied_llm_folder), load_llm(untied_llm_folder)
     load_adapter(trained, tmp_path / "run" / "adapter")
     before, after = (llm.causal_lm.get_output_embeddings().weight for llm in (plain, trained))
@@ -136,7 +125,7 @@ def test_an_output_head_of_its_own_learns_its_rows_too(
 @pytest.mark.slow
 def test_align_on_stories_goes_on_from_finetune_and_leaves_its_lora(finetune_recipe, align_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "first")
-    train_align(replace(align_recipe, captions=1, stories=2), tmp_path / "second", tmp_path / "first")
+    train_align(change_recipe(align_recipe, captions=1, stories=2), tmp_path / "second", tmp_path / "first")
     first, second = (
         load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("first", "second")
     )
@@ -151,7 +140,7 @@ def test_align_on_stories_goes_on_from_finetune_and_leaves_its_lora(finetune_rec
 @pytest.mark.slow
 def test_finetune_goes_on_from_finetune(finetune_recipe, tmp_path):
     train_finetune(finetune_recipe, tmp_path / "first")
-    still = replace(finetune_recipe, steps=1, lora_rate=0.0, row_rate=0.0, mapper_rate=0.0)
+    still = change_recipe(finetune_recipe, steps=1, lora_lr=0.0, voken_lr=0.0, mapper_lr=0.0)
     train_finetune(still, tmp_path / "second", tmp_path / "first")
     first, second = (
         load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("first", "second")
@@ -205,8 +194,8 @@ def test_what_was_trained_tells_a_story(
 @pytest.mark.slow
 def test_the_number_of_tokens_is_a_setting(align_recipe, tmp_path):
     with pytest.raises(BadInputError, match="tokens is 12, but the text encoder gives 77"):
-        train_align(replace(align_recipe, tokens=12), tmp_path / "run")
-    train_align(replace(align_recipe, tokens=12, caption_weight=0.0), tmp_path / "run")
+        train_align(change_recipe(align_recipe, tokens=12), tmp_path / "run")
+    train_align(change_recipe(align_recipe, tokens=12, caption_weight=0.0), tmp_path / "run")
     mapper, header = load_mapper(tmp_path / "run" / "mapper.safetensors")
     assert mapper(torch.zeros(1, 8, header.llm_width)).tokens.shape == (1, 12, header.space.width)
 
@@ -220,4 +209,4 @@ def test_bad_folders_and_names_are_refused(align_recipe, finetune_recipe, tmp_pa
     with pytest.raises(BadInputError, match="holds no mapper.safetensors"):
         train_finetune(finetune_recipe, tmp_path / "new", tmp_path)
     with pytest.raises(BadInputError, match="Unknown space 'sd9'. Known: sd15"):
-        train_align(replace(align_recipe, space="sd9"), tmp_path / "new")
+        train_align(change_recipe(align_recipe, space="sd9"), tmp_path / "new")

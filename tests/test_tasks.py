@@ -13,18 +13,21 @@ from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.prompts import LOOK, NEXT
+from tests.stages import train_align, train_finetune
 from trainer.common.images import fitted
+from trainer.common.recipe import make_recipe
 from trainer.data.formats import read
 from trainer.data.record_source import RecordSource
 from trainer.data.records import Picture, Record, Scene
 from trainer.data.stream import Stream
 from trainer.data.tasks import TASKS, Task, Tools
 from trainer.llm.sequences import story_losses, story_sequence
-from trainer.stages.align import AlignRecipe, train_align
-from trainer.stages.finetune import FinetuneRecipe, train_finetune
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneData, FinetuneRecipe
 from trainer.storybook.world.export import export_stories
-from trainer.storybook.world.source import StorybookSource
+from trainer.storybook.world.source import StorySource
 from trainer.storybook.world.stories import stories
+from trainer.training.setup import open_records
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SAMPLES = Path(__file__).parents[2] / "shared" / "data"
@@ -144,18 +147,19 @@ def test_exported_stories_give_the_examples_of_the_built_in_ones(tiny_llm, tmp_p
         tuple((scene.request, scene.text) for scene in story): [scene.caption for scene in story]
         for story in told
     }
-    for example in source(tiny_llm, path).draw(4, random.Random(0)):
+    for example in source(tiny_llm, path).sample(4, random.Random(0))["text"]:
         turns = tuple((turn.request, turn.text) for turn in example.turns)
-        assert [one.caption for one in example.shows] == built_in.pop(turns)
+        assert [one.caption for one in example.targets] == built_in.pop(turns)
     assert not built_in
-    assert len(StorybookSource(tiny_llm, 4, 3, 0.0).draw(4, random.Random(0))) == 4
+    world = StorySource(tiny_llm, FinetuneData(stories=4, shown_share=0.0), 3)
+    assert len(world.sample(4, random.Random(0))["text"]) == 4
 
 
 @pytest.mark.parametrize("layout", ["vist", "mmdialog"])
 def test_other_layouts_give_the_same_texts_and_pictures(tiny_llm, tmp_path, layout):
     path = export_stories(layout, 3, 3, tmp_path / "data")
     told = {tuple(scene.text for scene in story) for story in islice(stories(3), 3)}
-    found = source(tiny_llm, path, layout).draw(3, random.Random(0))
+    found = source(tiny_llm, path, layout).sample(3, random.Random(0))["text"]
     assert {tuple(turn.text for turn in example.turns if turn.picture) for example in found} == told
 
 
@@ -164,16 +168,20 @@ def test_a_source_goes_on_where_it_stood_and_counts_what_it_could_not_use(tiny_l
     broken = next((tmp_path / "data" / "pictures").glob("00002_*.png"))
     broken.write_bytes(broken.read_bytes()[:-50])
     whole = source(tiny_llm, path)
-    drawn = [[one.turns[0].text for one in whole.draw(2, random.Random(step))] for step in range(6)]
+
+    def texts(source, step):
+        return [one.turns[0].text for one in source.sample(2, random.Random(step))["text"]]
+
+    drawn = [texts(whole, step) for step in range(6)]
     assert whole.unused == 2  # that story, in two epochs; its batches are one smaller
     assert sorted(map(len, drawn)) in ([1, 1, 2, 2, 2, 2], [0, 2, 2, 2, 2, 2])
     first = source(tiny_llm, path)
     for step in range(3):
-        first.draw(2, random.Random(step))
+        texts(first, step)
     again = source(tiny_llm, path)
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for step in (3, 4, 5):
-        assert [one.turns[0].text for one in again.draw(2, random.Random(step))] == drawn[step]
+        assert texts(again, step) == drawn[step]
 
 
 def test_what_a_source_cannot_do_is_said(tiny_llm, tmp_path):
@@ -201,12 +209,12 @@ def parts(trained):
 @pytest.mark.slow
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason="the real samples are not beside this repository")
 def test_both_stages_train_on_real_samples(parts, trained, tmp_path):
-    align = AlignRecipe(**parts, data=str(SAMPLES / "CC3M" / "cc3m_val.tsv"), format="cc3m")
+    align = make_recipe(AlignRecipe, **parts, data=str(SAMPLES / "CC3M" / "cc3m_val.tsv"), format="cc3m")
     train_align(align, tmp_path / "align")
     tasks = {
         name: {"weight": 1.0} for name in ("picture_from_text", "text_and_picture", "understanding", "story")
     }
-    finetune = FinetuneRecipe(
+    finetune = make_recipe(FinetuneRecipe,
         **parts, data=str(SAMPLES / "VIST" / "val_cleaned.json"), format="vist", tasks=tasks,
         image_adapter=str(trained[0] / "sight" / "image_adapter.safetensors"), questions=0,
     )  # fmt: skip
@@ -219,23 +227,28 @@ def test_both_stages_train_on_real_samples(parts, trained, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "finetune"])
-def test_a_run_on_a_data_set_resumes_exactly(parts, tmp_path, stage, monkeypatch):
+def test_a_run_on_a_data_set_resumes_exactly(parts, tmp_path, stage):
     path = export_stories("jsonl", 6, 3, tmp_path / "data")
     kind, run = {"align": (AlignRecipe, train_align), "finetune": (FinetuneRecipe, train_finetune)}[stage]
-    recipe = kind(**{**parts, "steps": 4}, data=str(path))
+    recipe = make_recipe(kind, **{**parts, "steps": 4}, data=str(path))
     run(recipe, tmp_path / "whole")
-    plain_draw, drawn = RecordSource.draw, []
+    drawn = []
 
-    def stopping(self, count, chance, share):
-        if len(drawn) == 2:
-            raise KeyboardInterrupt
-        drawn.append(count)
-        return plain_draw(self, count, chance, share)
+    def open_stopping(llm, features):
+        records = open_records(recipe)(llm, features)
+        plain = records.sample
 
-    monkeypatch.setattr(RecordSource, "draw", stopping)
+        def stopping(*given):
+            if len(drawn) == 2:
+                raise KeyboardInterrupt
+            drawn.append(given)
+            return plain(*given)
+
+        records.sample = stopping
+        return records
+
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "parts")
-    monkeypatch.undo()
+        run(recipe, tmp_path / "parts", open_source=open_stopping)
     run(recipe, tmp_path / "parts", None, resume=True)
     for name in ("mapper.safetensors", "adapter/adapter_model.safetensors"):
         whole, parted = (load_file(tmp_path / out / name) for out in ("whole", "parts"))

@@ -26,12 +26,17 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minigpt5_core.errors import BadInputError
 
 from .ab.cli import run as run_ab
 from .common.progress import Terminated, TrainingError
 from .convert.cli import run as run_convert
+
+if TYPE_CHECKING:
+    from .data.source import OpenSource
+    from .training.config import StageRecipe
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,12 +116,23 @@ def _data_export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def open_source(recipe: "StageRecipe") -> "OpenSource":
+    """What the recipe trains on: its data set, or the storybook's world where it names none."""
+    if recipe.data.path:
+        from .training.setup import open_records
+
+        return open_records(recipe)
+    from .storybook.world.source import open_storybook
+
+    return open_storybook(recipe)
+
+
 def _align(arguments: argparse.Namespace) -> int:
     from .common.recipe import load_recipe
     from .stages.align import AlignRecipe, train_align
 
     recipe = load_recipe(AlignRecipe, arguments.recipe, arguments.set)
-    train_align(recipe, arguments.out, arguments.start, arguments.resume)
+    train_align(recipe, arguments.out, open_source(recipe), arguments.start, arguments.resume)
     return 0
 
 
@@ -125,7 +141,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from .stages.finetune import FinetuneRecipe, train_finetune
 
     recipe = load_recipe(FinetuneRecipe, arguments.recipe, arguments.set)
-    train_finetune(recipe, arguments.out, arguments.start, arguments.resume)
+    train_finetune(recipe, arguments.out, open_source(recipe), arguments.start, arguments.resume)
     return 0
 
 
@@ -134,7 +150,7 @@ def _mapper(arguments: argparse.Namespace) -> int:
     from .stages.mapper import MapperRecipe, train_mapper
 
     recipe = load_recipe(MapperRecipe, arguments.recipe, arguments.set)
-    train_mapper(recipe, arguments.out, arguments.start, arguments.resume)
+    train_mapper(recipe, arguments.out, open_source(recipe), arguments.start, arguments.resume)
     return 0
 
 

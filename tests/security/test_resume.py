@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
-from trainer.stages.align import AlignRecipe, train_align
+from tests.stages import train_align
+from trainer.common.recipe import change_recipe, make_recipe
+from trainer.stages.align import AlignRecipe
 from trainer.storybook.world.export import export_stories
 from trainer.training.checkpoint import Run
 from trainer.training.state import Parts, load_optimizer, load_random, read_pickle, resuming
@@ -273,7 +274,7 @@ def test_arrays_and_plain_values_are_read(tmp_path):
 
 @pytest.fixture
 def recipe(tiny_llm_folder, tiny_diffusion_folder, tmp_path):
-    return AlignRecipe(
+    return make_recipe(AlignRecipe,
         llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), captions=4, steps=4, batch=2, image_weight=0.0,
         preview_every=100, save_every=2, ema_decay=0.9, dropout=0.3, tracker="",
         data=str(export_stories("jsonl", 6, 3, tmp_path / "data")),
@@ -321,13 +322,13 @@ def test_a_resumed_run_has_the_losses_of_one_that_ran_through(recipe, tmp_path, 
 
 @pytest.mark.slow
 def test_the_command_refuses_a_planted_pickle(recipe, tmp_path, monkeypatch):
-    state = stop_after_two(replace(recipe, data="", ema_decay=0.0), tmp_path / "run", monkeypatch)
+    state = stop_after_two(change_recipe(recipe, data="", ema_decay=0.0), tmp_path / "run", monkeypatch)
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
         kept = (state / name).read_bytes() if (state / name).is_file() else None
         (state / "schedule.json").rename(state / "away") if kept is None else None
         torch.save(Hostile(tmp_path / "PWNED"), state / name)
         with pytest.raises(BadInputError, match=f"{name} is not loaded"):
-            train_align(replace(recipe, data="", ema_decay=0.0), tmp_path / "run", resume=True)
+            train_align(change_recipe(recipe, data="", ema_decay=0.0), tmp_path / "run", resume=True)
         if kept is not None:
             (state / name).write_bytes(kept)
     assert not (tmp_path / "PWNED").exists()

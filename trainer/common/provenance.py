@@ -14,8 +14,8 @@ PACKAGES = ("minigpt5", "torch", "transformers", "diffusers", "peft", "accelerat
 EDGE = 2**20  # of each file of a data set, so much from the beginning and the end is looked at
 
 
-def describe(recipe: Any, stage: str) -> dict[str, Any]:
-    """All that a run depends on."""
+def describe(recipe: Any, stage: str, data_name: str, data: Path | None) -> dict[str, Any]:
+    """All that a run depends on; `data` is the data set's file or folder, None for one that is drawn by rule."""
     return {
         "stage": stage,
         "recipe": asdict(recipe),
@@ -24,10 +24,7 @@ def describe(recipe: Any, stage: str) -> dict[str, Any]:
             **{name: package_version(name) for name in PACKAGES},
         },
         "commit": _commit(),
-        "data": {
-            "name": recipe.data_name,
-            "fingerprint": fingerprint(Path(recipe.data)) if recipe.data else "",
-        },
+        "data": {"name": data_name, "fingerprint": fingerprint(data) if data else ""},
     }
 
 

@@ -80,19 +80,22 @@ def _merge(values: dict[str, Any], change: dict[str, Any], told: str) -> None:
         elif isinstance(values[name], dict):
             _merge(values[name], value, told)
         else:
-            raise BadInputError(
-                f"--set {told!r}: {name} is a value, not a table. Write --set {name}=value."
-            )
+            raise BadInputError(f"--set {told!r}: {name} is a value, not a table. Write --set {name}=value.")
 
 
 def flat_keys(kind: type) -> dict[str, tuple[str, str]]:
     """Where each key of a recipe's tables belongs, (table, key), by its flat name and by those it had before."""
     tables = _tables(kind)
     found = {
-        field.name: (table, field.name) for table, inner in tables.items() for field in dataclasses.fields(inner)
+        field.name: (table, field.name)
+        for table, inner in tables.items()
+        for field in dataclasses.fields(inner)
     }
     former: dict[str, str] = getattr(kind, "FORMER", {})
-    return found | {old: tuple(new.split(".")) for old, new in former.items()}  # type: ignore[misc]
+    for old, new in former.items():
+        table, _, key = new.partition(".")
+        found[old] = table, key
+    return found
 
 
 def _tables(kind: type) -> dict[str, Any]:

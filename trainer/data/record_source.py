@@ -100,9 +100,7 @@ class RecordSource:
         assert picture is not None
         latents = self.features.latents(picture) if self.features else None
         image = picture.open() if latents is None else None
-        return PictureTarget(
-            scene.caption or scene.text, lambda own: image or picture.open(), seed, latents
-        )
+        return PictureTarget(scene.caption or scene.text, lambda own: image or picture.open(), seed, latents)
 
     def captions(self, count: int) -> list[str]:
         """Those of the first records of an epoch."""

@@ -24,7 +24,14 @@ from .picture_size import check_picture_size
 from .text_targets import TextTargets
 from .unet import Sd, Sdxl
 
-__all__ = ["FAMILIES", "FrozenDiffusion", "Features", "TextTargets", "check_picture_size", "load_frozen_diffusion"]
+__all__ = [
+    "FAMILIES",
+    "FrozenDiffusion",
+    "Features",
+    "TextTargets",
+    "check_picture_size",
+    "load_frozen_diffusion",
+]
 
 FAMILIES: dict[type, type[FrozenDiffusion]] = {
     StableDiffusionPipeline: Sd,

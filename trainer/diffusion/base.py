@@ -24,8 +24,8 @@ class FrozenDiffusion:
     own); BadInputError for one that it cannot take.
 
     `needed` are the text encoders without which there is no answer. `pools`: whether they give a pooled vector too.
-    `guidance` is that of previews. `answer_settings` says what answers follow from besides text encoders and token ids, where
-    there is something.
+    `guidance` is that of previews. `answer_settings` says what answers follow from besides text encoders and token ids,
+    where there is something.
     """
 
     needed: tuple[str, ...] = ("text_encoder", "text_encoder_2")

@@ -22,7 +22,7 @@ from ..common.progress import TrainingError, interrupts
 from ..data.check import SHOWN_BROKEN
 from ..data.formats import read
 from ..data.records import Broken, BrokenPicture, Picture, Row
-from ..diffusion import Backbone, load_backbone
+from ..diffusion import FrozenDiffusion, load_frozen_diffusion
 from .cache import FeatureCache, FeatureKeys
 
 MOST_BYTES, MOST_VALUES = 64 * 2**20, 4096  # a shard
@@ -52,14 +52,14 @@ def cache_features(
     out: Path,
     diffusion: Path,
     llm: Path | None = None,
-    sight: Path | None = None,
+    image_adapter: Path | None = None,
     precision: str = "float32",
     picture_size: int = 0,
 ) -> Built:
     """Caches the data set at `path` in the folder `out`, and prints a report.
 
     Latents and targets are those of the model in `diffusion`, held in `precision`, for pictures of `picture_size`; with
-    the image adapter `sight` also the image tokens, for the LLM in `llm` (None: the default one), which is loaded for
+    the `image_adapter` also the image tokens, for the LLM in `llm` (None: the default one), which is loaded for
     nothing else. BadInputError for data, models or a folder that cannot be used; TrainingError when a shard cannot be
     written.
     """
@@ -69,25 +69,25 @@ def cache_features(
     except OSError as error:
         raise BadInputError(f"No folder can be made at {out}: {error}. Name another for --out.") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = load_backbone(diffusion, precision, picture_size).to(device)
-    built = fill(path, layout, out, backbone, load_seeing(llm, sight, device))
+    frozen = load_frozen_diffusion(diffusion, precision, picture_size).to(device)
+    built = fill(path, layout, out, frozen, load_seeing(llm, image_adapter, device))
     print(summary(built, path, out))
     return built
 
 
 def load_seeing(
-    folder: Path | None, sight: Path | None, device: torch.device | str = "cpu"
+    folder: Path | None, image_adapter: Path | None, device: torch.device | str = "cpu"
 ) -> FrozenLLM | None:
-    """The LLM that sees by `sight`, or None without one."""
-    if sight is None:
+    """The LLM that sees by the `image_adapter`, or None without one."""
+    if image_adapter is None:
         return None
     folder = folder or default_llm()
-    return load_sight(load_llm(folder, device=device), folder, chosen=sight)
+    return load_sight(load_llm(folder, device=device), folder, chosen=image_adapter)
 
 
-def fill(path: Path, layout: str, out: Path, backbone: Backbone, llm: FrozenLLM | None) -> Built:
+def fill(path: Path, layout: str, out: Path, diffusion: FrozenDiffusion, llm: FrozenLLM | None) -> Built:
     """Computes and writes what the folder `out` lacks. Ctrl-C and SIGTERM are raised once all is written."""
-    filling = Filling(out, backbone, llm)
+    filling = Filling(out, diffusion, llm)
     with interrupts() as interrupted:
         for row in tqdm(read(path, layout), desc="features", unit=" rows", mininterval=5):
             filling.add(row)
@@ -102,9 +102,9 @@ def fill(path: Path, layout: str, out: Path, backbone: Backbone, llm: FrozenLLM 
 class Filling:
     """A cache being filled, row by row; values wait in memory until there are enough for a shard."""
 
-    def __init__(self, folder: Path, backbone: Backbone, llm: FrozenLLM | None) -> None:
-        self.backbone, self.llm = backbone, llm
-        self.cache, self.keys = FeatureCache(folder), FeatureKeys(backbone, llm)
+    def __init__(self, folder: Path, diffusion: FrozenDiffusion, llm: FrozenLLM | None) -> None:
+        self.diffusion, self.llm = diffusion, llm
+        self.cache, self.keys = FeatureCache(folder), FeatureKeys(diffusion, llm)
         self.built = Built(ignored=dict(self.cache.ignored))
         self.waiting: dict[str, Tensor] = {}
         self.size = 0  # of those, in bytes
@@ -150,7 +150,7 @@ class Filling:
         tokens, pooled = self.keys.target(caption), self.keys.pooled(caption)
         needed = {key for key in (tokens, pooled) if key is not None and self._lacks(key)}
         if needed:
-            answer = self.backbone.encode([caption])
+            answer = self.diffusion.encode([caption])
             if tokens in needed:
                 self._keep(tokens, answer.tokens[0])
             if pooled is not None and pooled in needed and answer.pooled is not None:
@@ -164,7 +164,7 @@ class Filling:
         return key not in self.cache
 
     def _latents(self, image: Image.Image) -> Tensor:
-        return self.backbone.latents([fitted(image, self.keys.side)])[0]
+        return self.diffusion.latents([fitted(image, self.keys.side)])[0]
 
     def _tokens(self, image: Image.Image) -> Tensor:
         assert self.llm is not None

@@ -32,7 +32,7 @@ from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.weights import atomic_save
 
 from ..data.records import BrokenPicture, Picture
-from ..diffusion.base import Backbone
+from ..diffusion.base import FrozenDiffusion
 
 VERSION = "1"  # to be raised where the same key would stand for another value
 MARK = "minigpt5.features"  # in a shard's header
@@ -118,13 +118,13 @@ class FeatureKeys:
     The models must stay as they are: nothing is noticed of a training that changes them.
     """
 
-    def __init__(self, backbone: Backbone, llm: FrozenLLM | None = None) -> None:
-        self.token_ids = backbone.token_ids
-        self.pools, self.side = backbone.pools, backbone.side
-        vae = backbone.pipeline.vae
+    def __init__(self, diffusion: FrozenDiffusion, llm: FrozenLLM | None = None) -> None:
+        self.token_ids = diffusion.token_ids
+        self.pools, self.side = diffusion.pools, diffusion.side
+        vae = diffusion.pipeline.vae
         self.vae = fingerprint(vae, dict(vae.config))
-        encoders = [fingerprint(part, part.config.to_dict()) for part in backbone.text_encoders()]
-        self.text_encoder = " ".join([*encoders, *filter(None, [backbone.joined])])
+        encoders = [fingerprint(part, part.config.to_dict()) for part in diffusion.text_encoders()]
+        self.text_encoder = " ".join([*encoders, *filter(None, [diffusion.answer_settings])])
         self.sight = None if llm is None else _sight(llm)
 
     def latents(self, picture: Picture) -> str:
@@ -159,12 +159,12 @@ class CachedFeatures:
     A cache of other models is no error, it has none of the answers: then `found` stays 0.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, llm: FrozenLLM | None = None) -> None:
+    def __init__(self, folder: Path, diffusion: FrozenDiffusion, llm: FrozenLLM | None = None) -> None:
         self.cache = FeatureCache(folder)
-        self.keys = FeatureKeys(backbone, llm)
+        self.keys = FeatureKeys(diffusion, llm)
         self.found = self.missed = 0
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """How much of what was asked for it had, and what to do when that is nothing."""
         if self.found:
             return f"cache: {self.found} values found, {self.missed} computed"

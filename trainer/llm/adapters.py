@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peft import (
@@ -45,14 +46,17 @@ def decoder_targets(llm: FrozenLLM, names: Sequence[str]) -> list[str]:
     return [path for path, layer in named if layer in own]
 
 
-def with_voken_rows(llm: FrozenLLM) -> PeftModel:
-    """Makes the voken rows trainable, in PEFT's layout, and nothing else; the LLM itself is changed in place."""
-    return get_peft_model(
-        llm.causal_lm, TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=voken_tables(llm))
-    )
+Adapted = tuple[FrozenLLM, PeftModel]
+"""An LLM with what learns of it, and the same as PEFT has it: they share their modules."""
 
 
-def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> PeftModel:
+def with_voken_rows(llm: FrozenLLM) -> Adapted:
+    """Makes the voken rows trainable, in PEFT's layout, and nothing else; the layers are changed in place."""
+    tables = TrainableTokensConfig(token_indices=llm.voken_ids, target_modules=voken_tables(llm))
+    return llm, get_peft_model(llm.causal_lm, tables)
+
+
+def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> Adapted:
     """Puts a learned prefix of `tokens` in front of every story, and makes the voken rows trainable.
 
     The prefix comes out of a network of that `width`, or with width 0 is learned itself.
@@ -62,8 +66,7 @@ def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> PeftModel:
     adapted = get_peft_model(llm.causal_lm, config)
     # in place, and after the prefix, which freezes everything it finds
     with_voken_rows(llm)
-    llm.prefix = adapted.get_prompt
-    return adapted
+    return replace(llm, prefix=adapted.get_prompt), adapted
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -71,7 +74,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftModel]) -> PeftModel:
+def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], Adapted]) -> Adapted:
     """The LLM with what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
 
     Voken rows of an earlier stage 1 are laid into the LLM first, for the fresh adapter to begin with.
@@ -90,9 +93,8 @@ def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftM
             "of align, or of finetune with LoRA; an interrupted run goes on with --resume."
         )
     if kind == PeftType.LORA:
-        return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
-    load_adapter(llm, start / "adapter")
-    return fresh(llm)
+        return llm, PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
+    return fresh(load_adapter(llm, start / "adapter"))
 
 
 def check_peft(folder: Path) -> None:

@@ -5,89 +5,97 @@
 A whole story is one sequence with all its voken blocks, so one forward serves all its pictures.
 """
 
-import random
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_sight
 from minigpt5_core.mapper import Mapper
-from minigpt5_core.prompts import NEXT, Turn
 
-from ..data.formats import read
-from ..data.record_source import RecordSource
-from ..data.records import Record
-from ..data.source import Example, Share, Source, new_seed
-from ..diffusion import Targets, load_backbone
-from ..feature_cache.cache import CachedFeatures
+from ..data.source import OpenSource
+from ..diffusion import load_frozen_diffusion
 from ..llm.adapters import adapt, decoder_targets, trainable, voken_tables, with_prefix
-from ..llm.fsdp import shard
-from ..llm.sequences import Told, story_losses, story_sequence, told_losses
-from ..storybook.world.source import StorybookSource, shown
-from ..storybook.world.stories import stories, training_state
-from ..storybook.world.visual_turns import questions
-from ..training.build_mapper import earlier_mapper, new_mapper
+from ..training.batchers import SequenceBatcher
 from ..training.checkpoint import Run, start_accelerator
-from ..training.config import StageRecipe
-from ..training.loop import Batch, Trained, Training, train
-from ..training.picture_losses import PictureLosses
-from ..training.setup import load_frozen_llm, save_memory, step_chance, use_cache
+from ..training.config import DataConfig, ModelConfig, OptimConfig, StageRecipe, one_of
+from ..training.loop import Batch, TrainableModules, TrainLoop, train
+from ..training.previews import preview_with
+from ..training.setup import LoadDiffusion, set_up
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe(StageRecipe):
-    """Stage 2's own settings; LoRA's are the published ones. `batch` counts stories, beside which `captions` single
-    captions keep what stage 1 taught.
+class FinetuneModel(ModelConfig):
+    """What learns of the LLM, and what it sees by.
 
-    With an `image_adapter`, or where it sees by itself, the LLM is shown pictures, in a `shown_share` of the stories,
-    and asked `questions` times a step what one shows; what it sees by stays as it is.
+    With an `image_adapter`, or where it sees by itself, the LLM is shown pictures; what it sees by stays as it is.
 
-    `adapter` is "lora", or "prefix": `prefix_tokens` learned keys and values in front, made by a network of width
-    `prefix_width` as published (0: learned themselves), at the LoRA's rate.
+    `adapter` is "lora" (with the published settings), or "prefix": `prefix_tokens` learned keys and values in front,
+    made by a network of width `prefix_width` as published (0: learned themselves), at the LoRA's learning rate.
     """
 
-    stories: int = 2000
-    captions: int = 0
     image_adapter: str = ""
-    shown_share: float = 0.5
-    questions: int = 2
     adapter: str = "lora"
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     lora_targets: tuple = ("q_proj", "v_proj")
-    lora_rate: float = 5e-4
     prefix_tokens: int = 5
     prefix_width: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.adapter not in ("lora", "prefix"):
-            raise BadInputError(f"adapter is {self.adapter!r}; it can be lora or prefix.")
+        one_of(self, adapter=("lora", "prefix"))
 
 
-def with_adapter(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
-    """Adds what the recipe trains of the LLM, which is changed in place and itself stays frozen."""
-    if recipe.adapter == "prefix":
-        return with_prefix(llm, recipe.prefix_tokens, recipe.prefix_width)
-    return with_lora(llm, recipe)
+@dataclass(frozen=True)
+class FinetuneData(DataConfig):
+    """Of the storybook's world: how many different `stories`; and beside the stories of each step, `captions` by
+    themselves, which keep what stage 1 taught, and for an LLM that sees `questions` what a picture shows."""
+
+    stories: int = 2000
+    captions: int = 0
+    questions: int = 2
 
 
-def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
-    """Adds LoRA and trainable voken rows; the LLM itself is changed in place and stays frozen."""
+@dataclass(frozen=True)
+class FinetuneOptim(OptimConfig):
+    """`lora_lr` is the LoRA's or the prefix's."""
+
+    lora_lr: float = 5e-4
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(StageRecipe):
+    """Stage 2's settings. `batch` counts stories."""
+
+    stage: ClassVar[str] = "finetune"
+    FORMER: ClassVar[dict[str, str]] = StageRecipe.FORMER | {"lora_rate": "optim.lora_lr"}
+
+    model: FinetuneModel = FinetuneModel()
+    data: FinetuneData = field(default_factory=FinetuneData)
+    optim: FinetuneOptim = FinetuneOptim()
+
+
+def with_adapter(llm: FrozenLLM, model: FinetuneModel) -> tuple[FrozenLLM, PeftModel]:
+    """Adds what the recipe trains of the LLM, whose own weights stay frozen."""
+    if model.adapter == "prefix":
+        return with_prefix(llm, model.prefix_tokens, model.prefix_width)
+    return with_lora(llm, model)
+
+
+def with_lora(llm: FrozenLLM, model: FinetuneModel) -> tuple[FrozenLLM, PeftModel]:
+    """Adds LoRA and trainable voken rows; the layers are changed in place and their own weights stay frozen."""
     tables = voken_tables(llm)
-    return get_peft_model(
+    return llm, get_peft_model(
         llm.causal_lm,
         LoraConfig(
-            r=recipe.lora_rank,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            target_modules=decoder_targets(llm, recipe.lora_targets),
+            r=model.lora_rank,
+            lora_alpha=model.lora_alpha,
+            lora_dropout=model.lora_dropout,
+            target_modules=decoder_targets(llm, model.lora_targets),
             trainable_token_indices=dict.fromkeys(tables, llm.voken_ids)
             if len(tables) > 1
             else llm.voken_ids,
@@ -95,116 +103,49 @@ def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
     )
 
 
-def examples_of(recipe: FinetuneRecipe, llm: FrozenLLM, features: CachedFeatures | None = None) -> Source:
-    """What the recipe trains on: its data set, or the storybook's stories."""
-    if recipe.data:
-        return RecordSource(llm, recipe.stream(), recipe.task_list("story"), recipe.shown_share, features)
-    return StorybookSource(llm, recipe.stories, recipe.seed, recipe.shown_share)
-
-
-def parameter_groups(recipe: FinetuneRecipe, adapted: PeftModel, mapper: Mapper) -> list[dict[str, Any]]:
+def parameter_groups(optim: FinetuneOptim, adapted: PeftModel, mapper: Mapper) -> list[dict[str, Any]]:
     """What the optimiser moves, and how fast: voken rows, LoRA or prefix, mapper."""
     named = [(name, parameter) for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     rows = [parameter for name, parameter in named if "trainable_tokens" in name]
     others = [parameter for name, parameter in named if "trainable_tokens" not in name]
     return [
-        {"params": rows, "lr": recipe.row_rate, "weight_decay": 0.0},
-        {"params": others, "lr": recipe.lora_rate, "weight_decay": recipe.weight_decay},
-        {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay},
+        {"params": rows, "lr": optim.voken_lr, "weight_decay": 0.0},
+        {"params": others, "lr": optim.lora_lr, "weight_decay": optim.weight_decay},
+        {"params": mapper.parameters(), "lr": optim.mapper_lr, "weight_decay": optim.weight_decay},
     ]
 
 
-def draw_examples(
-    recipe: FinetuneRecipe, llm: FrozenLLM, source: Source, step: int, share: Share
-) -> dict[str, list[Example]]:
-    """A process's share of a step, by the name of its text loss: stories, single captions, questions."""
-    chance = step_chance(recipe.seed, step)
-    drawn = {"text": source.draw(recipe.batch, chance, share)}
-    if recipe.captions:  # a batch of their own: padded to a story's length they would cost as much
-        alone = [shown(training_state(chance), chance) for _ in range(recipe.captions)]
-        drawn["caption_text"] = [
-            Example([Turn(one.caption, "")], [one]) for index, one in enumerate(alone) if share.has(index)
-        ]
-    if llm.sees and recipe.questions:
-        seeds = [new_seed(chance) for _ in range(recipe.questions)]
-        mine = [random.Random(seed) for index, seed in enumerate(seeds) if share.has(index)]
-        drawn["question_text"] = [Example(turns, []) for own in mine for turns in questions(llm, 1, own)]
-    return drawn
-
-
-def as_told(llm: FrozenLLM, examples: dict[str, list[Example]], drawn: bool) -> Told:
-    """The examples as sequences."""
-    sequences = {
-        name: [story_sequence(llm, example.turns) for example in some] for name, some in examples.items()
-    }
-    return Told(
-        sequences, [one for some in examples.values() for example in some for one in example.shows], drawn
-    )
-
-
-def preview_stories(recipe: FinetuneRecipe) -> list[list[Turn]]:
-    """What previews are drawn from, four scenes of two stories: the data set's first, or the first held-out ones."""
-    if not recipe.data:
-        told = [[(s.request, s.text) for s in scenes] for scenes in islice(stories(0, "test"), 2)]
-    else:
-        rows = (row for row in read(Path(recipe.data), recipe.format) if isinstance(row, Record))
-        records = ([(NEXT, s.text) for s in row.scenes if s.picture and s.text] for row in rows)
-        told = list(islice((scenes for scenes in records if scenes), 2))
-    return [[Turn(request, text) for request, text in scenes[:4]] for scenes in told if scenes]
-
-
 def train_finetune(
-    recipe: FinetuneRecipe, out: Path, start_from: Path | None = None, resume: bool = False
+    recipe: FinetuneRecipe,
+    out: Path,
+    open_source: OpenSource,
+    start_from: Path | None = None,
+    resume: bool = False,
+    load_diffusion: LoadDiffusion = load_frozen_diffusion,
 ) -> tuple[FrozenLLM, Mapper]:
     """Runs stage 2 and leaves `mapper.safetensors` and `adapter/` in `out`; returns what was trained."""
-    torch.manual_seed(recipe.seed)
-    run = Run(recipe, out, "finetune", start_accelerator(recipe, out), resume)
-    llm, folder = load_frozen_llm(recipe, run.llm_device)
-    if recipe.image_adapter:
-        load_sight(llm, folder, chosen=Path(recipe.image_adapter))
-    adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
-    if run.shards:
-        shard(llm, adapted, run.accelerator)
-    backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)
-    backbone.to(run.accelerator.device)
-    save_memory(recipe, adapted, backbone)
-    features = use_cache(recipe, backbone, llm)
-    source = examples_of(recipe, llm, features)
-    targets = Targets(backbone, source.captions(1000))
-    mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, targets)
-    picture_losses = PictureLosses(recipe, mapper, targets)
-    trained = Trained(mapper, trainable(adapted), lambda told: told_losses(llm, told, picture_losses))
-    training = Training(run, trained, parameter_groups(recipe, adapted, mapper), source, features)
-    adapted.train()
 
-    def draw(step: int) -> list[Batch]:
-        own = step * training.share.world + training.share.rank
-        torch.manual_seed(recipe.seed * 1_000_003 + own)  # LoRA's dropout
-        examples = draw_examples(recipe, llm, source, step, training.share)
-        parts = {name: training.split(some) for name, some in examples.items()}
-        return [
-            batch({name: some[part] for name, some in parts.items()}, recipe.draws(step))
-            for part in range(recipe.accumulation)
-        ]
+    def adapt_llm(llm: FrozenLLM, folder: Path) -> tuple[FrozenLLM, PeftModel]:
+        if recipe.model.image_adapter:
+            llm = load_sight(llm, folder, chosen=Path(recipe.model.image_adapter))
+        return adapt(llm, start_from, lambda llm: with_adapter(llm, recipe.model))
 
-    def batch(examples: dict[str, list[Example]], drawn: bool) -> Batch:
-        told = as_told(llm, examples, drawn)
-        return Batch(told, told.counts() | picture_losses.counts(len(told.shows), drawn))
+    run = Run(recipe, out, start_accelerator(recipe, out), resume)
+    setup = set_up(recipe, run, adapt_llm, open_source, start_from, load_diffusion)
+    assert setup.adapted is not None
+    batcher = SequenceBatcher(setup)
+    trained = TrainableModules(setup.mapper, trainable(setup.adapted), batcher.losses)
+    groups = parameter_groups(recipe.optim, setup.adapted, setup.mapper)
+    loop = TrainLoop(run, trained, groups, setup.source, setup.features)
+    setup.adapted.train()
 
-    shown_first = preview_stories(recipe)
-
-    @torch.no_grad()
-    def preview(step: int) -> None:
-        """The first scenes of two stories, their true sentences given."""
-        if not shown_first:
-            return
-        adapted.eval()
-        states, _ = story_losses(llm, [story_sequence(llm, turns) for turns in shown_first])
-        run.preview(step, backbone.draw(mapper(states), mapper.negative()))
-        adapted.train()
+    def batches(step: int) -> list[Batch]:
+        own = step * loop.shard.world + loop.shard.rank
+        torch.manual_seed(recipe.run.seed * 1_000_003 + own)  # LoRA's dropout
+        return batcher.batches(step, loop.shard)
 
     def save(step: int) -> None:
-        run.save_result(mapper, adapted, folder, step, data=recipe.data_name)
+        run.save_result(setup.mapper, setup.adapted, setup.llm_folder, step)
 
-    train(training, draw, preview, save)
-    return llm, mapper
+    train(loop, batches, preview_with(setup), save)
+    return setup.llm, setup.mapper

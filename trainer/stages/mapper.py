@@ -1,16 +1,16 @@
-"""Trains the mapper alone, on the voken states of an LLM and an adapter that stay as they are.
+"""The mapper by itself, on the voken states of an LLM and an adapter that stay as they are.
 
     python -m trainer mapper --from runs/finetune --out runs/mapper
 
-The LLM is run once over every story, so a step costs a hundredth of finetune's: for another diffusion model, another
+The LLM is run once over every example, so a step costs a hundredth of finetune's: for another diffusion model, another
 shape of mapper, or a text encoder that has changed.
 """
 
 import random
 import shutil
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,70 +19,150 @@ from tqdm import tqdm
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_sight
 from minigpt5_core.mapper import Mapper
-from minigpt5_core.prompts import Turn
 
-from ..data.source import Shown, new_seed
-from ..diffusion import Targets, load_backbone
+from ..data.source import OpenSource, PictureTarget, Shard, new_seed
+from ..diffusion import load_frozen_diffusion
 from ..llm.sequences import story_losses, story_sequence
-from ..storybook.world.source import caption_states, shown, some_shown
-from ..storybook.world.stories import stories
-from ..storybook.world.visual_turns import told_scenes
-from ..training.build_mapper import earlier_mapper, new_mapper, scale_to
+from ..training.batchers import split
+from ..training.build_mapper import scale_to
 from ..training.checkpoint import Run, start_accelerator
-from ..training.config import StageRecipe
-from ..training.loop import Batch, Trained, Training, train
-from ..training.picture_losses import PictureLosses
-from ..training.setup import load_frozen_llm, step_chance
+from ..training.config import DataConfig, ModelConfig, StageRecipe
+from ..training.loop import Batch, Losses, TrainableModules, TrainLoop, train
+from ..training.setup import LoadDiffusion, Setup, set_up, step_rng
+
+READ_AT_ONCE = 4  # sequences in one forward of the LLM
+
+
+@dataclass(frozen=True)
+class MapperModel(ModelConfig):
+    """`fresh` begins with a new mapper instead of the earlier run's. With an `image_adapter` the LLM sees."""
+
+    fresh: bool = False
+    image_adapter: str = ""
+
+
+@dataclass(frozen=True)
+class MapperData(DataConfig):
+    """How many `stories` (examples, of a data set) the LLM is run over; of the storybook's world `captions` as well."""
+
+    stories: int = 300
+    captions: int = 300
+    shown_share: float = 0.3
 
 
 @dataclass(frozen=True)
 class MapperRecipe(StageRecipe):
-    """`batch` counts pictures. `fresh` begins with a new mapper instead of the earlier run's. With an `image_adapter`
-    pictures are shown in a `shown_share` of the stories."""
+    """Settings of a mapper by itself. `batch` counts pictures."""
 
-    stories: int = 300
-    captions: int = 300
-    fresh: bool = False
-    image_adapter: str = ""
-    shown_share: float = 0.3
+    stage: ClassVar[str] = "mapper"
+
+    model: MapperModel = MapperModel()
+    data: MapperData = field(default_factory=MapperData)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("data", "tasks", "cache", "gradient_checkpointing", "shard_llm"):
-            if getattr(self, name):
+        for name, table in (("gradient_checkpointing", self.optim), ("shard_llm", self.model)):
+            if getattr(table, name):
                 raise BadInputError(
-                    f"{name} is set, but a mapper by itself is trained on the storybook's world, on states that are "
-                    "computed once. Leave it out, or finetune on your data."
+                    f"{name} is set, but a mapper by itself is trained on states that are computed once. Leave it out."
                 )
+        loss = self.loss
+        if not loss.caption_weight and not (loss.image_weight and loss.image_from == 0):
+            raise BadInputError(
+                f"caption_weight is 0, image_weight {loss.image_weight:g} and image_from {loss.image_from:g}: the "
+                "first steps would have no loss. Set image_weight=1 and image_from=0, or caption_weight above 0."
+            )
 
 
 @dataclass(frozen=True)
-class Remembered:
+class VokenStates:
     """Voken states (N, V, L) in half precision, and what each picture should show."""
 
     states: Tensor
-    shows: list[Shown]
+    targets: list[PictureTarget]
 
 
 @torch.no_grad()
-def remember(recipe: MapperRecipe, llm: FrozenLLM) -> Remembered:
-    """Runs the LLM over all stories and captions, once."""
-    draw = random.Random(f"mapper/{recipe.seed}")
-    sequences, shows = [], []
-    for scenes in islice(stories(recipe.seed), recipe.stories):
-        turns = some_shown(llm, scenes, recipe.shown_share, draw)
-        sequences.append(story_sequence(llm, turns))
-        shows += [shown(scene.state) for scene in told_scenes(scenes, turns)]
-    for state in caption_states(recipe.captions, recipe.seed).values():
-        sequences.append(story_sequence(llm, [Turn(state.caption(), "")]))
-        shows.append(shown(state))
-    parts = [sequences[first : first + 4] for first in range(0, len(sequences), 4)]
-    states = [story_losses(llm, part)[0].half() for part in tqdm(parts, desc="voken states", mininterval=5)]
-    return Remembered(torch.cat(states), shows)
+def precompute_voken_states(setup: Setup) -> VokenStates:
+    """Runs the LLM over the source's examples, once; BadInputError when none of them asks for a picture."""
+    recipe = setup.recipe
+    assert isinstance(recipe, MapperRecipe)
+    rng = random.Random(f"mapper/{recipe.run.seed}")
+    examples = [one for some in setup.source.sample(recipe.data.stories, rng).values() for one in some]
+    targets = [target for one in examples for target in one.targets]
+    if not targets:
+        raise BadInputError(
+            f"None of {recipe.data.stories} examples of {setup.source.name} asks for a picture, and a mapper learns "
+            "from these alone. Set stories higher, or tasks that draw: caption, story, picture_from_text."
+        )
+    sequences = [story_sequence(setup.llm, one.turns) for one in examples]
+    parts = [sequences[first : first + READ_AT_ONCE] for first in range(0, len(sequences), READ_AT_ONCE)]
+    read = tqdm(parts, desc="voken states", mininterval=5)
+    return VokenStates(torch.cat([story_losses(setup.llm, part)[0].half() for part in read]), targets)
 
 
-def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resume: bool = False) -> Mapper:
+class StateBatcher:
+    """Pictures of precomputed voken states, drawn at random."""
+
+    def __init__(self, setup: Setup, known: VokenStates) -> None:
+        self.setup, self.known = setup, known
+
+    def batches(self, step: int, shard: Shard) -> list[Batch]:
+        """A process's share of a step, in as many parts as the recipe accumulates."""
+        recipe = self.setup.recipe
+        rng, uses = step_rng(recipe.run.seed, step), recipe.uses_diffusion_loss(step)
+        rows = rng.choices(range(len(self.known.targets)), k=recipe.optim.batch)
+        seeded = [(row, new_seed(rng)) for row in rows]
+        mine = [pair for index, pair in enumerate(seeded) if shard.has(index)]
+        return [self._batch(part, uses) for part in split(mine, recipe.optim.accumulation)]
+
+    def _batch(self, rows: list[tuple[int, int]], uses_diffusion_loss: bool) -> Batch:
+        states = self.known.states[[row for row, _ in rows]].float()
+        targets = [replace(self.known.targets[row], seed=seed) for row, seed in rows]
+        counts = self.setup.picture_losses.counts(len(targets), uses_diffusion_loss)
+        return Batch((states, targets, uses_diffusion_loss), counts)
+
+    def losses(self, inputs: Any) -> Losses:
+        """The pictures' losses."""
+        return self.setup.picture_losses(*inputs)
+
+
+def train_mapper(
+    recipe: MapperRecipe,
+    out: Path,
+    open_source: OpenSource,
+    start_from: Path | None,
+    resume: bool = False,
+    load_diffusion: LoadDiffusion = load_frozen_diffusion,
+) -> Mapper:
     """Leaves `mapper.safetensors` and the earlier run's `adapter/` in `out`; returns the mapper."""
+    adapter = _check_start(start_from, out)
+
+    def adapt_llm(llm: FrozenLLM, folder: Path) -> tuple[FrozenLLM, None]:
+        llm = load_adapter(llm, adapter)
+        if recipe.model.image_adapter:
+            llm = load_sight(llm, folder, chosen=Path(recipe.model.image_adapter))
+        return llm, None
+
+    run = Run(recipe, out, start_accelerator(recipe, out), resume)
+    earlier = None if recipe.model.fresh else start_from
+    setup = set_up(recipe, run, adapt_llm, open_source, earlier, load_diffusion)
+    scale_to(setup.mapper, setup.text_targets)  # the earlier run may have listened to another text encoder
+    batcher = StateBatcher(setup, precompute_voken_states(setup))
+    trained = TrainableModules(setup.mapper, [], batcher.losses)
+    optim = recipe.optim
+    group = {"params": setup.mapper.parameters(), "lr": optim.mapper_lr, "weight_decay": optim.weight_decay}
+    loop = TrainLoop(run, trained, [group], setup.source, setup.features)
+
+    def save(step: int) -> None:
+        run.save_mapper(setup.mapper, setup.llm_folder, step)
+        shutil.copytree(adapter, out / "adapter", dirs_exist_ok=True)
+
+    train(loop, lambda step: batcher.batches(step, loop.shard), lambda step: None, save)
+    return setup.mapper
+
+
+def _check_start(start_from: Path | None, out: Path) -> Path:
+    """The adapter of the run to start from."""
     if start_from is None or not (start_from / "adapter").is_dir():
         raise BadInputError(
             f"--from {start_from} holds no adapter/. Give the --out folder of an align or finetune run: a mapper is "
@@ -90,43 +170,4 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
         )
     if out.resolve() == start_from.resolve():
         raise BadInputError(f"--out and --from are both {out}. Name another folder for what is trained.")
-    if not recipe.caption_weight and not (recipe.image_weight and recipe.image_from == 0):
-        raise BadInputError(
-            f"caption_weight is 0, image_weight {recipe.image_weight:g} and image_from {recipe.image_from:g}: the "
-            "first steps would have no loss. Set image_weight=1 and image_from=0, or caption_weight above 0."
-        )
-    torch.manual_seed(recipe.seed)
-    run = Run(recipe, out, "mapper", start_accelerator(recipe, out), resume)
-    device = run.accelerator.device
-    llm, folder = load_frozen_llm(recipe, device)
-    llm = load_adapter(llm, start_from / "adapter")
-    if recipe.image_adapter:
-        load_sight(llm, folder, chosen=Path(recipe.image_adapter))
-    backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)
-    backbone.to(device)
-    targets = Targets(backbone, list(caption_states(1000, recipe.seed)))
-    mapper = new_mapper(recipe, llm, targets) if recipe.fresh else earlier_mapper(recipe, llm, start_from)
-    scale_to(mapper, targets)  # the earlier run may have listened to another text encoder
-    picture_losses = PictureLosses(recipe, mapper, targets)
-    trained = Trained(mapper, [], lambda inputs: picture_losses(*inputs))
-    group = {"params": mapper.parameters(), "lr": recipe.mapper_rate, "weight_decay": recipe.weight_decay}
-    training = Training(run, trained, [group])
-    known = remember(recipe, llm)  # before the random states of a run that goes on are back
-
-    def draw(step: int) -> list[Batch]:
-        chance, drawn = step_chance(recipe.seed, step), recipe.draws(step)
-        rows = [(row, new_seed(chance)) for row in chance.choices(range(len(known.shows)), k=recipe.batch)]
-        mine = [pair for index, pair in enumerate(rows) if training.share.has(index)]
-        return [batch(part, drawn) for part in training.split(mine)]
-
-    def batch(rows: list[tuple[int, int]], drawn: bool) -> Batch:
-        states = known.states[[row for row, _ in rows]].float()
-        shows = [replace(known.shows[row], seed=seed) for row, seed in rows]
-        return Batch((states, shows, drawn), picture_losses.counts(len(shows), drawn))
-
-    def save(step: int) -> None:
-        run.save_mapper(mapper, folder, step, data="storybook")
-        shutil.copytree(start_from / "adapter", out / "adapter", dirs_exist_ok=True)
-
-    train(training, draw, lambda step: None, save)
-    return mapper
+    return start_from / "adapter"

@@ -30,14 +30,14 @@ from ..common.images import grid
 from ..common.progress import TrainingError
 from ..common.provenance import describe
 from ..llm.adapters import save_adapter
-from .build_mapper import recipe_space
+from .build_mapper import mapper_space
 from .config import StageRecipe
 from .run_summary import card
 
 
 def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
     """On whatever devices there are, with the recipe's tracker; one that is not installed is said and left out."""
-    tracker = recipe.tracker or None
+    tracker = recipe.run.tracker or None
     if tracker and not find_spec(tracker):
         print(
             f"{tracker} is not installed: pip install {tracker}. metrics.jsonl and losses.png are written without it."
@@ -45,7 +45,7 @@ def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
         tracker = None
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if recipe.precision == "bf16" else "no",
+        mixed_precision="bf16" if recipe.optim.precision == "bf16" else "no",
         log_with=tracker,
         project_dir=str(out),
     )
@@ -68,36 +68,44 @@ class Run:
     Of several processes the first writes it. Started anew by torchrun, they go on from the newest state by themselves.
     """
 
-    def __init__(
-        self, recipe: StageRecipe, out: Path, stage: str, accelerator: Accelerator, resume: bool
-    ) -> None:
-        self.recipe, self.out, self.stage, self.accelerator = recipe, out, stage, accelerator
+    def __init__(self, recipe: StageRecipe, out: Path, accelerator: Accelerator, resume: bool) -> None:
+        self.recipe, self.out, self.accelerator = recipe, out, accelerator
         self.states = out / "states"
+        self.data_name = ""
         if out.is_file() or any(parent.is_file() for parent in out.parents):
             raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
         self.resuming = resume or (restarted() and bool(self.kept()))
-        if accelerator.is_main_process:
-            self._begin()
-        accelerator.wait_for_everyone()
-        accelerator.init_trackers("tensorboard", config=_flat(asdict(recipe)))
 
     @property
     def shards(self) -> bool:
         """Whether the LLM is spread over several processes, none of which can run it alone."""
-        return self.recipe.shard_llm and self.accelerator.num_processes > 1
+        return self.recipe.model.shard_llm and self.accelerator.num_processes > 1
 
     @property
     def llm_device(self) -> torch.device:
         """Where the LLM is read to: what is to be spread has no room on one device."""
         return torch.device("cpu") if self.shards else self.accelerator.device
 
-    def _begin(self) -> None:
+    def begin(self, data_name: str) -> None:
+        """Makes the folder ready, once all parts are loaded: until then what an earlier run left there is whole."""
+        self.data_name = data_name
+        if self.accelerator.is_main_process:
+            self._prepare_folder()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.init_trackers(_project(self.recipe.run.tracker), config=_flat(asdict(self.recipe)))
+
+    def _prepare_folder(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.resuming:  # or a later --resume would go on from another run
             shutil.rmtree(self.states, ignore_errors=True)
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
-        text = json.dumps(describe(self.recipe, self.stage), indent=1) + "\n"
+        text = json.dumps(self.describe(), indent=1) + "\n"
         (self.out / "run.json").write_text(text, encoding="utf-8")
+
+    def describe(self) -> dict[str, Any]:
+        """All that the run depends on."""
+        data = self.recipe.data.path
+        return describe(self.recipe, self.recipe.stage, self.data_name, Path(data) if data else None)
 
     def resume(self, load: Callable[[Path], None]) -> int:
         """Loads the newest state by `load`; returns the step it was saved at."""
@@ -152,9 +160,9 @@ class Run:
     def _drop_old(self) -> None:
         kept = self.kept()
         # before all losses have joined in, their sum is smaller and tells nothing
-        whole = [step for step in kept if self.recipe.draws(step)] or list(kept)
+        whole = [step for step in kept if self.recipe.uses_diffusion_loss(step)] or list(kept)
         best = min(whole, key=lambda step: kept[step])
-        for step in sorted(kept)[: -self.recipe.keep]:
+        for step in sorted(kept)[: -self.recipe.run.keep]:
             if step != best:
                 shutil.rmtree(self._state(step), ignore_errors=True)
 
@@ -176,25 +184,23 @@ class Run:
         file = self.out / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    def save_result(
-        self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int, **notes: Any
-    ) -> None:
+    def save_result(self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int) -> None:
         """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
         save_adapter(adapted, llm_folder, self.out / "adapter")
-        self.save_mapper(mapper, llm_folder, step, **notes)
+        self.save_mapper(mapper, llm_folder, step)
 
-    def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int, **notes: Any) -> None:
+    def save_mapper(self, mapper: Mapper, llm_folder: Path, step: int) -> None:
         """Writes `mapper.safetensors` alone, and the run's model card."""
-        description = describe(self.recipe, self.stage)
+        description = self.describe()
         trained = {
-            "stage": self.stage,
+            "stage": self.recipe.stage,
             "steps": step,
-            "seed": self.recipe.seed,
+            "seed": self.recipe.run.seed,
             "code": description["versions"]["minigpt5"],
-            **notes,
+            "data": self.data_name,
         }
         header = MapperHeader(
-            recipe_space(self.recipe),
+            mapper_space(self.recipe.model),
             llm_folder.name,
             mapper.config.llm_width,
             hash_weights(llm_folder),
@@ -210,8 +216,15 @@ class Run:
         grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """What a tracker can show: the rest as text."""
+def _project(tracker: str) -> str:
+    """Under which name a tracker keeps the run; TensorBoard's is the folder in the run's own."""
+    return "tensorboard" if tracker == "tensorboard" else "minigpt5"
+
+
+def _flat(tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a tracker can show: numbers and texts, by `table.key`; the rest as text."""
     return {
-        name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()
+        f"{table}.{name}": value if isinstance(value, int | float | str) else str(value)
+        for table, values in tables.items()
+        for name, value in values.items()
     }

@@ -1,4 +1,4 @@
-"""The loop both stages share: a step's examples, split among processes and parts of a batch, and one gradient of them.
+"""The loop that all stages share: a step's examples, split among processes and parts, and one gradient of them.
 
 Every loss is a mean over all that a step counts (pictures, words), wherever they are: a part's own means are weighed
 by how much of the step's total it holds. So two processes, or two parts one after the other, give the gradient and
@@ -24,10 +24,10 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.mapper import Mapper
 
 from ..common.progress import Progress, Terminated, TrainingError, interrupts
-from ..data.source import Share
+from ..data.source import DataSource, Shard
 from ..feature_cache.cache import CachedFeatures
 from .checkpoint import Run
-from .config import StageRecipe
+from .config import OptimConfig
 from .run_summary import plot_losses
 from .state import Parts, load_optimizer, load_random, load_weights, resuming
 
@@ -43,7 +43,7 @@ class Batch:
 Losses = dict[str, Tensor]
 
 
-class Trained(nn.Module):
+class TrainableModules(nn.Module):
     """Everything that learns, and nothing else: what the optimiser sees and a saved state holds.
 
     The losses come out of `forward`, because that is where accelerate lets processes and precision come in.
@@ -64,9 +64,9 @@ class Trained(nn.Module):
         return self.compute(inputs)
 
 
-def build_optimizer(recipe: StageRecipe, groups: list[dict[str, Any]]) -> Optimizer:
+def build_optimizer(settings: OptimConfig, groups: list[dict[str, Any]]) -> Optimizer:
     """The recipe's optimiser over parameter groups with rates of their own."""
-    if recipe.optimizer == "adamw":
+    if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -78,42 +78,52 @@ def build_optimizer(recipe: StageRecipe, groups: list[dict[str, Any]]) -> Optimi
     return AdamW8bit(groups)
 
 
-class Training:
+class TrainLoop:
     """What learns, how, and where it stands; prepared for however many processes there are."""
 
     def __init__(
         self,
         run: Run,
-        trained: Trained,
+        trained: TrainableModules,
         groups: list[dict[str, Any]],
-        source: Any = None,
+        source: DataSource,
         features: CachedFeatures | None = None,
     ) -> None:
-        self.run, self.recipe, self.accelerator = run, run.recipe, run.accelerator
+        self.run, self.accelerator, self.settings = run, run.accelerator, run.recipe.optim
         self.features = features
-        recipe = self.recipe
-        self.share = Share(self.accelerator.process_index, self.accelerator.num_processes)
-        if recipe.batch < self.share.world * recipe.accumulation:
-            raise BadInputError(
-                f"batch is {recipe.batch}, for {self.share.world} processes with {recipe.accumulation} parts each: "
-                f"some would have nothing to do. Set batch={self.share.world * recipe.accumulation} or more."
-            )
-        optimizer = build_optimizer(recipe, groups)
+        self.shard = Shard(self.accelerator.process_index, self.accelerator.num_processes)
+        self._check_batch()
+        optimizer = build_optimizer(self.settings, groups)
         self.trained: nn.Module
         self.optimizer: Optimizer
         self.trained, self.optimizer = self.accelerator.prepare(trained, optimizer)
         # not prepared: accelerate would move it on by as many steps as there are processes
         self.schedule = get_cosine_schedule_with_warmup(
-            optimizer, int(recipe.warmup * recipe.steps), recipe.steps
+            optimizer, int(self.settings.warmup * self.settings.steps), self.settings.steps
         )
-        self.average = self._averaging() if recipe.ema_decay else None
+        self.average = self._averaging() if self.settings.ema_decay else None
         self.parts = Parts(self.schedule, source, self.average)
         self.accelerator.register_save_state_pre_hook(self._save_unwrapped)
-        self.weights = {"image": recipe.image_weight, "caption": recipe.caption_weight}
+        weights = run.recipe.loss
+        self.text_weight = weights.text_weight
+        self.weights = {"image": weights.image_weight, "caption": weights.caption_weight}
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.accelerator.is_main_process
+
+    def _check_batch(self) -> None:
+        batch, least = self.settings.batch, self.shard.world * self.settings.accumulation
+        if batch < least:
+            raise BadInputError(
+                f"batch is {batch}, for {self.shard.world} processes with {self.settings.accumulation} parts each: "
+                f"some would have nothing to do. Set batch={least} or more."
+            )
 
     def _averaging(self) -> EMAModel:
         return EMAModel(
-            self.trained.parameters(), decay=self.recipe.ema_decay, use_ema_warmup=True, power=0.75
+            self.trained.parameters(), decay=self.settings.ema_decay, use_ema_warmup=True, power=0.75
         )
 
     def _save_unwrapped(self, models: list[nn.Module], weights: list[dict], folder: str) -> None:
@@ -134,10 +144,6 @@ class Training:
             load_optimizer(self.optimizer, folder)
             self.parts.load(folder)
             load_random(folder, self.accelerator.process_index)
-
-    def split(self, items: Sequence[Any]) -> list[list[Any]]:
-        """This process's items in `accumulation` parts."""
-        return [list(items[part :: self.recipe.accumulation]) for part in range(self.recipe.accumulation)]
 
     def step(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One step of the optimiser down the gradient of all processes' batches; returns the losses over all of them.
@@ -168,12 +174,12 @@ class Training:
         total = 0.0 * torch.stack([parameter.sum() for parameter in self.trained.parameters()]).sum()
         for name, loss in losses.items():
             # processes' gradients are averaged; these are to be summed
-            total = total + self._weight(name) * shares[name] * self.share.world * loss
+            total = total + self._weight(name) * shares[name] * self.shard.world * loss
         return total
 
     def _weight(self, name: str) -> float:
         """Text losses of several kinds weigh alike."""
-        return self.weights.get(name, self.recipe.text_weight)
+        return self.weights.get(name, self.text_weight)
 
     def weighted(self, losses: dict[str, float]) -> float:
         """What is minimised: the losses, weighed."""
@@ -188,7 +194,7 @@ class Training:
 
     def _over_processes(self, values: dict[str, float]) -> dict[str, float]:
         """The sum over processes; all have the same names."""
-        if self.share.world == 1:
+        if self.shard.world == 1:
             return dict(values)
         here = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64)
         summed = self.accelerator.reduce(here.to(self.accelerator.device), "sum").tolist()
@@ -234,8 +240,8 @@ def descend(
 
 
 def train(
-    training: Training,
-    draw: Callable[[int], Sequence[Batch]],
+    loop: TrainLoop,
+    batches: Callable[[int], Sequence[Batch]],
     preview: Callable[[int], None],
     save: Callable[[int], None],
 ) -> None:
@@ -243,41 +249,54 @@ def train(
 
     Ctrl-C and SIGTERM end the step, save, and are passed on as KeyboardInterrupt and Terminated.
     """
-    run, recipe, main = training.run, training.recipe, training.accelerator.is_main_process
-    start = run.resume(training.load_state) if run.resuming else 0
-    if training.average is not None:
-        training.average.to(training.accelerator.device)  # a saved one comes back on the CPU
-    progress = Progress(recipe.steps, start=start)
-    since: list[float] = []  # the last save
+    run, steps, settings = loop.run, loop.settings.steps, loop.run.recipe.run
+    start = run.resume(loop.load_state) if run.resuming else 0
+    if loop.average is not None:
+        loop.average.to(loop.accelerator.device)  # a saved one comes back on the CPU
+    progress = Progress(steps, start=start)
+    since_save: list[float] = []
     with interrupts() as interrupted:
-        for step in range(start + 1, recipe.steps + 1):
-            try:
-                losses = training.step(draw(step))
-            except TrainingError as error:
-                raise TrainingError(
-                    f"step {step}: {error}. {run.safe()} Set lower rates (mapper_rate, row_rate, lora_rate) and go on "
-                    "from there with --resume."
-                ) from error
-            stops = training.stops(bool(interrupted))
-            since.append(training.weighted(losses))
-            if main:
-                progress.update(step, recipe.batch, **losses)
-                run.log(step, losses)
-                if step == start + 1 and training.features is not None:
-                    print(training.features.told(), flush=True)
-            if step % recipe.save_every == 0 or step == recipe.steps or stops:
-                run.save_state(step, sum(since) / len(since))
-                since = []
-                if main:
-                    plot_losses(run.metrics(), run.out / "losses.png")
-            if step % recipe.preview_every == 0 and (main or run.shards):
-                with training.averaged():
+        for step in range(start + 1, steps + 1):
+            losses = _step(loop, step, batches)
+            stops = loop.stops(bool(interrupted))
+            since_save.append(loop.weighted(losses))
+            _report(loop, progress, step, losses, first=step == start + 1)
+            if step % settings.save_every == 0 or step == steps or stops:
+                _save_state(loop, step, since_save)
+                since_save = []
+            if step % settings.preview_every == 0 and (loop.is_main or run.shards):
+                with loop.averaged():
                     preview(step)
             if stops:
-                if main:
+                if loop.is_main:
                     print(f"interrupted: {run.safe()} Go on with --resume.")
                 raise (interrupted or [Terminated()])[0]  # or another process was asked
-    training.accelerator.end_training()
-    if main:
-        with training.averaged():
-            save(recipe.steps)
+    loop.accelerator.end_training()
+    if loop.is_main:
+        with loop.averaged():
+            save(steps)
+
+
+def _step(loop: TrainLoop, step: int, batches: Callable[[int], Sequence[Batch]]) -> dict[str, float]:
+    try:
+        return loop.step(batches(step))
+    except TrainingError as error:
+        raise TrainingError(
+            f"step {step}: {error}. {loop.run.safe()} Set lower rates (mapper_lr, voken_lr, lora_lr) and go on from "
+            "there with --resume."
+        ) from error
+
+
+def _report(loop: TrainLoop, progress: Progress, step: int, losses: dict[str, float], first: bool) -> None:
+    if not loop.is_main:
+        return
+    progress.update(step, loop.settings.batch, **losses)
+    loop.run.log(step, losses)
+    if first and loop.features is not None:
+        print(loop.features.summary(), flush=True)
+
+
+def _save_state(loop: TrainLoop, step: int, since_save: Sequence[float]) -> None:
+    loop.run.save_state(step, sum(since_save) / len(since_save))
+    if loop.is_main:
+        plot_losses(loop.run.metrics(), loop.run.out / "losses.png")

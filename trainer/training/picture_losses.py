@@ -8,25 +8,12 @@ from torch import Tensor
 
 from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.losses import drop_states
-from minigpt5_core.mapper import (
-    Mapper,
-)
+from minigpt5_core.mapper import Mapper
 
 from ..common.images import fitted
-from ..data.source import Shown
-from ..diffusion import Backbone, Targets
+from ..data.source import PictureTarget
+from ..diffusion import FrozenDiffusion, TextTargets
 from .config import StageRecipe
-
-
-def picture_latents(backbone: Backbone, shows: Sequence[Shown]) -> Tensor:
-    """Scaled latents of what is to be shown, at the size the diffusion model is trained with, (B, C, h, w)."""
-    lacking = [one for one in shows if one.latents is None]
-    fresh: Iterator[Tensor] = iter(())
-    if lacking:
-        pictures = [fitted(one.image(random.Random(one.seed)), backbone.side) for one in lacking]
-        fresh = iter(backbone.latents(pictures))
-    device = backbone.pipeline.device
-    return torch.stack([next(fresh) if one.latents is None else one.latents.to(device) for one in shows])
 
 
 class PictureLosses:
@@ -36,38 +23,54 @@ class PictureLosses:
     beside other pictures.
     """
 
-    def __init__(self, recipe: StageRecipe, mapper: Mapper, targets: Targets) -> None:
-        self.recipe, self.mapper, self.targets, self.backbone = recipe, mapper, targets, targets.backbone
-        self.aligned = recipe.tokens == len(targets.mean)
+    def __init__(self, recipe: StageRecipe, mapper: Mapper, text_targets: TextTargets) -> None:
+        self.settings, self.mapper, self.text_targets = recipe.loss, mapper, text_targets
+        self.aligns_captions = recipe.model.tokens == len(text_targets.mean)
 
-    def counts(self, pictures: int, drawn: bool) -> dict[str, int]:
+    def counts(self, pictures: int, uses_diffusion_loss: bool) -> dict[str, int]:
         """How many pictures each of the losses is a mean over."""
-        aligned = {"caption": pictures} if self.aligned else {}
-        return aligned | ({"image": pictures} if drawn else {})
+        aligned = {"caption": pictures} if self.aligns_captions else {}
+        return aligned | ({"image": pictures} if uses_diffusion_loss else {})
 
-    def __call__(self, states: Tensor, shows: Sequence[Shown], drawn: bool) -> dict[str, Tensor]:
-        """Means over the pictures: `states` (B, V, L); with `drawn` the diffusion loss is among them."""
-        if not shows:
+    def __call__(
+        self, states: Tensor, targets: Sequence[PictureTarget], uses_diffusion_loss: bool
+    ) -> dict[str, Tensor]:
+        """Means over the pictures, of voken states (B, V, L)."""
+        if not targets:
             return {}  # a batch whose tasks ask for no picture
-        generators = [torch.Generator().manual_seed(one.seed) for one in shows]
+        generators = [torch.Generator().manual_seed(one.seed) for one in targets]
         parts = [
-            drop_states(state[None], self.recipe.dropout, generator)
+            drop_states(state[None], self.settings.dropout, generator)
             for state, generator in zip(states, generators, strict=True)
         ]
         answer = self.mapper(torch.cat([kept for kept, _ in parts]).float())
         losses = {}
-        if self.aligned:
-            texts = ["" if gone else one.caption for (_, gone), one in zip(parts, shows, strict=True)]
-            standardised = self.recipe.caption_target == "standardised"
-            losses["caption"] = self.targets.loss(answer, texts, standardised)
-        if drawn:
-            losses["image"] = self._image(answer, shows, generators)
+        if self.aligns_captions:
+            captions = ["" if gone else one.caption for (_, gone), one in zip(parts, targets, strict=True)]
+            standardised = self.settings.caption_target == "standardised"
+            losses["caption"] = self.text_targets.loss(answer, captions, standardised)
+        if uses_diffusion_loss:
+            losses["image"] = self._diffusion_loss(answer, targets, generators)
         return losses
 
-    def _image(
-        self, answer: Conditioning, shows: Sequence[Shown], generators: Sequence[torch.Generator]
+    def _diffusion_loss(
+        self, answer: Conditioning, targets: Sequence[PictureTarget], generators: Sequence[torch.Generator]
     ) -> Tensor:
-        latents = picture_latents(self.backbone, shows)
+        diffusion = self.text_targets.diffusion
+        latents = picture_latents(diffusion, targets)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
-        times = self.backbone.times(generators).to(latents.device)
-        return self.backbone.loss(answer, latents, noise.to(latents.device), times, self.recipe.min_snr_gamma)
+        timesteps = diffusion.timesteps(generators).to(latents.device)
+        return diffusion.loss(
+            answer, latents, noise.to(latents.device), timesteps, self.settings.min_snr_gamma
+        )
+
+
+def picture_latents(diffusion: FrozenDiffusion, targets: Sequence[PictureTarget]) -> Tensor:
+    """Scaled latents of what is to be shown, at the size the diffusion model is trained with, (B, C, h, w)."""
+    lacking = [one for one in targets if one.latents is None]
+    fresh: Iterator[Tensor] = iter(())
+    if lacking:
+        pictures = [fitted(one.image(random.Random(one.seed)), diffusion.side) for one in lacking]
+        fresh = iter(diffusion.latents(pictures))
+    device = diffusion.pipeline.device
+    return torch.stack([next(fresh) if one.latents is None else one.latents.to(device) for one in targets])

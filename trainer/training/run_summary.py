@@ -50,7 +50,7 @@ def card(description: dict[str, Any], metrics: list[dict[str, float]]) -> str:
 Made by {command} of MiniGPT-5 for ComfyUI and diffusers, commit `{commit}`.
 
 - Data: {data["name"]}{known}. Its licence is that of this model.
-- Steps: {metrics[-1]["step"] if metrics else 0}, seed {description["recipe"]["seed"]}.
+- Steps: {metrics[-1]["step"] if metrics else 0}, seed {description["recipe"]["run"]["seed"]}.
 
 | loss, mean of the last tenth of the steps | |
 | --- | --- |

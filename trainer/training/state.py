@@ -47,7 +47,7 @@ UNREADABLE = (
 class Parts:
     """What a state holds beside weights and optimiser: the schedule, the source of the data, the average of the steps.
 
-    Any of the last two may be None.
+    `average` may be None. A source whose place follows from the step alone has nothing to keep.
     """
 
     def __init__(self, schedule: Any, source: Any, average: Any) -> None:
@@ -57,8 +57,7 @@ class Parts:
         """Writes a file each. OSError where the disk refuses."""
         state = self.schedule.state_dict()
         _write(folder / SCHEDULE, {name: state[name] for name in PLACE})
-        if self.source is not None:
-            _write(folder / SOURCE, self.source.state_dict())
+        _write(folder / SOURCE, self.source.state_dict())
         if self.average is not None:
             numbers = self.average.state_dict()
             weights = {str(index): weight for index, weight in enumerate(numbers.pop("shadow_params"))}
@@ -66,16 +65,15 @@ class Parts:
 
     def load(self, folder: Path) -> None:
         """Reads them back; raises one of `UNREADABLE` for what does not fit."""
-        old = iter(
-            sorted(folder.glob("custom_checkpoint_*.pkl"), key=lambda file: int(file.stem.rsplit("_")[-1]))
-        )
-        self._load_schedule(_json(folder / SCHEDULE, old))
-        if self.source is not None:
-            found = _json(folder / SOURCE, old)
-            _check_fits(found, self.source.state_dict(), SOURCE)
+        # earlier versions numbered them in this order, and left out a source that had nothing to keep
+        old = sorted(folder.glob("custom_checkpoint_*.pkl"), key=lambda file: int(file.stem.rsplit("_")[-1]))
+        self._load_schedule(_json(folder / SCHEDULE, old[:1]))
+        if own := self.source.state_dict():
+            found = _json(folder / SOURCE, old[1:2])
+            _check_fits(found, own, SOURCE)
             self.source.load_state_dict(found)
         if self.average is not None:
-            self._load_average(_average(folder / AVERAGE, old))
+            self._load_average(_average(folder / AVERAGE, old[-1:]))
 
     def _load_schedule(self, found: Any) -> None:
         state = self.schedule.state_dict()
@@ -163,16 +161,16 @@ def _write(file: Path, values: Any) -> None:
     file.write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
-def _json(file: Path, old: Iterator[Path]) -> Any:
+def _json(file: Path, old: list[Path]) -> Any:
     """A part of ours, or what an earlier version wrote in its place."""
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
-    if (earlier := next(old, None)) is None:
+    if not old:
         raise FileNotFoundError(f"it lacks {file.name}")
-    return read_pickle(earlier)
+    return read_pickle(old[0])
 
 
-def _average(file: Path, old: Iterator[Path]) -> Any:
+def _average(file: Path, old: list[Path]) -> Any:
     if not file.is_file():
         return _json(file, old)
     with safe_open(file, framework="pt") as opened:

@@ -26,6 +26,7 @@ from ...evaluation.table import cell
 from ...llm.sequences import story_losses, story_sequence
 from ...stages.align import AlignRecipe, train_align
 from ...stages.finetune import FinetuneRecipe, train_finetune
+from ..world.source import open_storybook
 from ..world.stories import stories
 from .evaluate import EvaluateRecipe, evaluate, load_teller
 
@@ -130,9 +131,9 @@ def _train(variant: Variant, out: Path) -> Path:
         folder = out / digest
         if not (folder / "mapper.safetensors").is_file():  # written last
             if isinstance(stage, AlignRecipe):
-                train_align(stage, folder, start)
+                train_align(stage, folder, open_storybook(stage), start)
             else:
-                train_finetune(stage, folder, start)
+                train_finetune(stage, folder, open_storybook(stage), start)
         start = folder
     assert start is not None
     return start

@@ -25,7 +25,7 @@ from ...common.progress import Progress, interrupts
 from ...llm.adapters import save_adapter, trainable
 from ...llm.sequences import story_sequence, text_losses
 from ...training.loop import descend
-from ...training.setup import step_chance
+from ...training.setup import step_rng
 from ..world.stories import TrueScene, stories
 
 OPEN, CLOSE = "\n(", ")"
@@ -74,7 +74,7 @@ def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
     progress = Progress(recipe.steps)
     with interrupts() as interrupted:
         for step in range(1, recipe.steps + 1):
-            batch = step_chance(recipe.seed, step).sample(data, recipe.batch)
+            batch = step_rng(recipe.seed, step).sample(data, recipe.batch)
             loss = text_losses(llm, [story_sequence(llm, captioned_turns(scenes)) for scenes in batch])
             accelerator.backward(loss)
             descend(accelerator, trainable(adapted), optimizer, schedule, {"text": loss.item()})

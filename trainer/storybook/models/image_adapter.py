@@ -37,7 +37,7 @@ from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
 
 from ...common.progress import Progress, interrupts
 from ...common.provenance import package_version
-from ...diffusion import Targets, load_backbone
+from ...diffusion import TextTargets, load_frozen_diffusion
 from ...llm.sequences import story_losses, story_sequence, text_losses
 from ..world.render import render
 from ..world.state import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
@@ -154,7 +154,7 @@ def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, s
     encoder = llm.image_encoder
     assert isinstance(encoder, ImageEncoder)
     some = [state.caption() for state in _states(random.Random(1), 500)]
-    targets = Targets(load_backbone(Path(recipe.diffusion)).to(llm.device), some)
+    targets = TextTargets(load_frozen_diffusion(Path(recipe.diffusion)).to(llm.device), some)
     draw = random.Random(f"stories/{recipe.seed}")
     told = stories(recipe.seed + 1000)
 

@@ -1,0 +1,59 @@
+"""The stages as the command line runs them: on the recipe's data set, or on the storybook's world."""
+
+from pathlib import Path
+from typing import Any
+
+from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.mapper import Mapper
+from trainer import cli
+from trainer.common.recipe import flat_keys
+from trainer.data.source import DataSource, Features, OpenSource
+from trainer.stages import align, finetune, mapper
+from trainer.stages.align import AlignRecipe
+from trainer.stages.finetune import FinetuneRecipe
+from trainer.stages.mapper import MapperRecipe
+from trainer.training.config import StageRecipe
+
+
+def train_align(
+    recipe: AlignRecipe, out: Path, start: Path | None = None, resume: bool = False, **parts: Any
+) -> tuple[FrozenLLM, Mapper]:
+    """`parts`, such as `load_diffusion` or another `open_source`, go to the stage."""
+    return align.train_align(recipe, out, **with_source(recipe, parts), start_from=start, resume=resume)
+
+
+def train_finetune(
+    recipe: FinetuneRecipe, out: Path, start: Path | None = None, resume: bool = False, **parts: Any
+) -> tuple[FrozenLLM, Mapper]:
+    """`parts`, such as `load_diffusion` or another `open_source`, go to the stage."""
+    return finetune.train_finetune(recipe, out, **with_source(recipe, parts), start_from=start, resume=resume)
+
+
+def train_mapper(
+    recipe: MapperRecipe, out: Path, start: Path | None, resume: bool = False, **parts: Any
+) -> Mapper:
+    """`parts`, such as `load_diffusion` or another `open_source`, go to the stage."""
+    return mapper.train_mapper(recipe, out, **with_source(recipe, parts), start_from=start, resume=resume)
+
+
+def with_source(recipe: StageRecipe, parts: dict[str, Any]) -> dict[str, Any]:
+    return {"open_source": cli.open_source(recipe)} | parts
+
+
+def few_captions(recipe: StageRecipe, most: int = 4) -> OpenSource:
+    """The recipe's source, of whose captions few are measured before training: that takes most of a short run."""
+    plain = cli.open_source(recipe)
+
+    def open_source(llm: FrozenLLM, features: Features | None) -> DataSource:
+        source: Any = plain(llm, features)
+        captions = source.captions
+        source.captions = lambda count: captions(min(count, most))
+        return source
+
+    return open_source
+
+
+def values_of(recipe: StageRecipe, *names: str) -> dict[str, Any]:
+    """Values of a recipe by their flat names, to make another kind of recipe with."""
+    places = {name: flat_keys(type(recipe))[name] for name in names}
+    return {name: getattr(getattr(recipe, table), key) for name, (table, key) in places.items()}
