@@ -58,6 +58,17 @@ def test_a_study_from_elsewhere_opens_no_other_file(folder):
             assert ask(server.server_port, "GET", "/pictures/0001_left_2.png")[0] == 200
 
 
+def test_a_link_that_leads_out_of_the_study_is_not_served(folder):
+    outside = folder.parent / "private.png"
+    outside.write_bytes(b"private")
+    picture = folder / "pictures" / "0001_left_1.png"
+    picture.unlink()
+    picture.symlink_to(outside)
+    with serving(folder) as server:
+        assert ask(server.server_port, "GET", "/pictures/0001_left_1.png")[0] == 404
+        assert ask(server.server_port, "GET", "/pictures/0001_left_2.png")[0] == 200
+
+
 def test_a_page_may_load_and_run_only_what_is_ours(folder):
     with serving(folder) as server:
         _, content, headers = ask(server.server_port, "GET", "/")

@@ -299,6 +299,7 @@ def stop_after_two(recipe, out, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 @pytest.mark.parametrize("version", ["this", "before"])
 def test_a_resumed_run_has_the_losses_of_one_that_ran_through(recipe, tmp_path, monkeypatch, version):
     train_align(recipe, tmp_path / "whole")
@@ -321,6 +322,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_ran_through(recipe, tmp_path, 
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 def test_the_command_refuses_a_planted_pickle(recipe, tmp_path, monkeypatch):
     state = stop_after_two(change_recipe(recipe, data="", ema_decay=0.0), tmp_path / "run", monkeypatch)
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):

@@ -49,6 +49,7 @@ def test_a_shard_is_opened_as_a_file_whatever_it_is_called(tmp_path, monkeypatch
     assert os.listdir() == [name]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("folder", ["pipe:touch PWNED;#", "a::b", "zip:x", "{1..2}"])
 def test_a_stream_opens_what_lies_in_the_folder_too(tmp_path, monkeypatch, folder):
     monkeypatch.chdir(tmp_path)
