@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInputError, CancelledError
-from .llm_files import NAME, default_folder, get_llm, is_llm
-from .pages import HTML, check_target, read_pictures, write_story
-from .precision import PRECISIONS
-from .story import Scene, Story, load_story
+from .llm.files import NAME, default_folder, get_llm, is_llm
+from .llm.precision import PRECISIONS
+from .story.pages import HTML, check_target, read_pictures, write_story
+from .story.story import Scene, Story, load_story
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -201,7 +201,7 @@ def _tell_and_save(
     bars: "_Bars",
 ) -> None:
     """Print the scenes as they come and write the story; what was told is written even if the rest fails."""
-    from .presets import PRESETS as presets
+    from .story.presets import PRESETS as presets
 
     settings = {name: value for name in ("steps", "guidance") if (value := getattr(given, name)) is not None}
     preset, told = presets[given.preset], 0

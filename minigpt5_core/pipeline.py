@@ -5,11 +5,8 @@ for scene in teller.tell(Story("Mia the fox wakes up in a snowy forest.", seed=0
     print(scene.text); scene.picture.save(...)
 """
 
-import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,22 +15,49 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .conditioning import SPACES, Conditioning, Space, check_space
+from .conditioning.mapper import Mapper
+from .conditioning.mapper_file import MapperHeader, load_mapper
+from .diffusion import (
+    DIFFUSION_PRECISIONS,
+    check_diffusion,
+    find_diffusion,
+    load_diffusion,
+    prompt_arguments,
+    space_of,
+)
 from .errors import BadInputError, CancelledError
-from .generate import Reply, StoryCache, generate, seeded_generator
-from .llm import FrozenLLM, load_adapter, load_llm, load_sight, reading
-from .llm_files import default_llm
-from .mapper import Mapper
-from .precision import holding
-from .presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
-from .presets import Preset
-from .prompts import LOOK, NEXT, Turn, fit_prompt
-from .story import Story
-from .storybook import STORYBOOK, unknown_words
-from .vision import picture_tensor
-from .weights import IMAGE_ADAPTER, MapperHeader, hash_weights, load_mapper
+from .generate.cache import StoryCache
+from .generate.decode import generate
+from .generate.row import Reply
+from .generate.sampling import seeded_generator
+from .llm.files import default_llm
+from .llm.frozen import FrozenLLM
+from .llm.load import load_adapter, load_llm, load_sight
+from .llm.precision import holding
+from .llm.weights import hash_weights
+from .story.presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
+from .story.presets import Preset
+from .story.prompts import LOOK, NEXT, Turn, fit_prompt
+from .story.story import Story
+from .story.storybook import STORYBOOK, unknown_words
+from .vision.image_adapter import IMAGE_ADAPTER
+from .vision.pictures import picture_tensor
 
-DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+__all__ = [
+    "DIFFUSION_PRECISIONS",
+    "STORYBOOK",
+    "OnProgress",
+    "Parts",
+    "StoryTeller",
+    "ToldScene",
+    "check_device",
+    "check_diffusion",
+    "find_diffusion",
+    "load",
+    "load_diffusion",
+    "prompt_arguments",
+    "space_of",
+]
 
 log = logging.getLogger("minigpt5")
 
@@ -169,20 +193,6 @@ class StoryTeller:
         ).images[0]
 
 
-def prompt_arguments(
-    positive: Conditioning, negative: Conditioning, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
-    """What a diffusers pipeline of that precision takes in place of a prompt."""
-    positive, negative = positive.to(dtype), negative.to(dtype)
-    arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
-    if positive.pooled is not None and negative.pooled is not None:
-        arguments |= {
-            "pooled_prompt_embeds": positive.pooled,
-            "negative_pooled_prompt_embeds": negative.pooled,
-        }
-    return arguments
-
-
 def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> StoryTeller:
     """Loads the parts and checks that they fit each other; BadInputError says which do not, and what to load."""
     parts = parts or Parts()
@@ -227,93 +237,6 @@ def check_device(name: str) -> None:
     ) as error:  # an index too high, or a backend not built in
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInputError(f"--device is {name!r}, which torch cannot compute on: {why} {cure}") from error
-
-
-def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32") -> DiffusionPipeline:
-    """A diffusers folder or a name on the Hub (`find_diffusion`), in float32 or bf16 whatever its files hold.
-
-    BadInputError when there is none, or not of whole safetensors files, or for another precision.
-
-    Text encoders that were left out of it are None: a mapper answers in their place.
-    """
-    if precision not in DIFFUSION_PRECISIONS:
-        raise BadInputError(
-            f"diffusion_precision is {precision!r}; it can be {' or '.join(DIFFUSION_PRECISIONS)}."
-        )
-    folder = find_diffusion(folder)
-    cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
-    with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder,
-            torch_dtype=DIFFUSION_PRECISIONS[precision],
-            local_files_only=True,
-            use_safetensors=True,
-            **_left_out(folder),
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def find_diffusion(folder: Path) -> Path:
-    """`folder`; where there is none of that name, what `hf download` has fetched of the model of that name.
-
-    Nothing is downloaded here. BadInputError when neither is there, or it is no diffusers model.
-    """
-    found, name = folder, folder.as_posix()
-    named = not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name)
-    if named:
-        with suppress(OSError):
-            found = Path(DiffusionPipeline.download(name, local_files_only=True))
-    if (found / "model_index.json").is_file():
-        return found
-    cure = f", or fetch the model of that name: hf download {name}" if named else ""
-    raise BadInputError(
-        f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
-        f"pipeline was saved to{cure}."
-    )
-
-
-def _left_out(folder: Path) -> dict[str, None]:
-    """The text encoders and tokenizers that the index names and the folder lacks, such as SD3's T5 of 9 GB."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
-    return {name: None for name in parts if not (folder / name).is_dir()}
-
-
-def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:
-    """Raises BadInputError, naming both sides, when the mapper answers in another space than the model listens to.
-
-    A model whose configuration does not say what it takes is let through.
-    """
-    expected = space_of(diffusion, header.space)
-    try:
-        check_space(header.space, expected)
-    except BadInputError as error:
-        raise BadInputError(
-            f"{file.name}: {error} Give a mapper with --mapper, a diffusion model with --diffusion."
-        ) from error
-
-
-def space_of(diffusion: DiffusionPipeline, unsaid: Space) -> Space:
-    """The space a diffusion model takes, read off its configuration; what that leaves open is as in `unsaid`."""
-    unet, transformer = getattr(diffusion, "unet", None), getattr(diffusion, "transformer", None)
-    if unet is not None:
-        width, pooled = unet.config.get("cross_attention_dim"), None
-        if unet.config.get("addition_embed_type") == "text_time":  # SDXL
-            encoder = getattr(diffusion, "text_encoder_2", None)
-            pooled = encoder.config.projection_dim if encoder is not None else unsaid.pooled_width
-    elif transformer is not None:
-        width = transformer.config.get("joint_attention_dim")
-        pooled = transformer.config.get("pooled_projection_dim", unsaid.pooled_width)
-    else:
-        return unsaid
-    if not isinstance(width, int):  # unsaid, or of each block its own
-        return unsaid
-    facts = width, pooled
-    for known in (unsaid, *SPACES.values()):
-        if (known.width, known.pooled_width) == facts:
-            return known
-    return Space(type(diffusion).__name__, unsaid.tokens, *facts)
 
 
 def _check_llm(llm: FrozenLLM, folder: Path, header: MapperHeader, file: Path) -> None:

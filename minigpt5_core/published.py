@@ -16,12 +16,12 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+from .conditioning.mapper import ReferenceMapper
 from .config import MapperConfig
 from .errors import BadInputError
 from .losses import IGNORED
-from .mapper import ReferenceMapper
+from .tensor_files import check_shapes
 from .vokens import IMAGE_HERE, block_starts, voken_strings
-from .weights import check_shapes
 
 _MAPPER_NAMES = {"fc.": "fc.", "llm_to_t2i_mapping.": "transformer.", "t2i_decoder_prompt": "queries"}
 _LLM_PREFIX = re.compile(r"^model\.llama_model\.(base_model\.model\.)?")

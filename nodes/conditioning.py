@@ -51,7 +51,7 @@ class LoadMapper(io.ComfyNode):
 
     @classmethod
     def execute(cls, mapper_name: str) -> io.NodeOutput:
-        from ..minigpt5_core.weights import load_mapper
+        from ..minigpt5_core.conditioning.mapper_file import load_mapper
 
         mapper, header = load_mapper(folders.find_mapper(mapper_name))
         return io.NodeOutput(LoadedMapper(mapper, header, mapper_name))

@@ -14,8 +14,8 @@ from .sockets import LLM, LoadedLLM
 if TYPE_CHECKING:
     import torch
 
-    from ..minigpt5_core.adapter import Adapter
     from ..minigpt5_core.llm import FrozenLLM
+    from ..minigpt5_core.llm.adapter import Adapter
 
 FOUR_BITS = "4bit"
 DTYPES = ["auto", "float32", "bfloat16", "float16", FOUR_BITS]
@@ -75,8 +75,9 @@ class LoadLLM(io.ComfyNode):
         require_version("transformers>=4.50", "Update it in ComfyUI's Python: pip install -U transformers")
 
         from ..minigpt5_core.llm import has_sight, load_llm, load_sight
-        from ..minigpt5_core.llm_files import default_llm
-        from ..minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+        from ..minigpt5_core.llm.files import default_llm
+        from ..minigpt5_core.llm.weights import hash_weights
+        from ..minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
         folder = folders.find_llm(llm_name) or default_llm()
         frozen = load_llm(folder, vokens, **_holding(dtype))
@@ -129,8 +130,8 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, llm: LoadedLLM, adapter_name: str, strength: float) -> io.NodeOutput:
-        from ..minigpt5_core.adapter import OTHER_LLM, read_adapter, take_beside
-        from ..minigpt5_core.llm import reading
+        from ..minigpt5_core.llm.adapter import OTHER_LLM, read_adapter, take_beside
+        from ..minigpt5_core.reading import reading
 
         folder = folders.find_adapter(adapter_name)
         trouble = f"The adapter {adapter_name} does not fit the LLM {llm.name}"
@@ -154,7 +155,7 @@ def _holding(dtype: str) -> dict[str, Any]:
     import comfy.model_management as management
     import torch
 
-    from ..minigpt5_core.precision import holding
+    from ..minigpt5_core.llm.precision import holding
 
     if dtype == FOUR_BITS:
         return holding(dtype)

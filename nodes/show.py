@@ -94,8 +94,8 @@ class SaveStory(io.ComfyNode):
 
     @classmethod
     def execute(cls, story: StorySoFar, filename_prefix: str) -> io.NodeOutput:
-        from ..minigpt5_core.pages import write_story
         from ..minigpt5_core.story import Scene, Story
+        from ..minigpt5_core.story.pages import write_story
 
         folder, subfolder = _new_folder(filename_prefix)
         pictures = [as_picture(page.picture) for page in story.pages]

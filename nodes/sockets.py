@@ -10,9 +10,9 @@ from comfy_api.latest import io
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..minigpt5_core.conditioning.mapper import Mapper
+    from ..minigpt5_core.conditioning.mapper_file import MapperHeader
     from ..minigpt5_core.llm import FrozenLLM
-    from ..minigpt5_core.mapper import Mapper
-    from ..minigpt5_core.weights import MapperHeader
 
 LLM = io.Custom("MINIGPT5_LLM")
 MAPPER = io.Custom("MINIGPT5_MAPPER")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..minigpt5_core.generate import Sampling
-    from ..minigpt5_core.presets import Preset
-    from ..minigpt5_core.prompts import Turn
+    from ..minigpt5_core.story.presets import Preset
+    from ..minigpt5_core.story.prompts import Turn
 
 log = logging.getLogger("minigpt5")
 
@@ -141,7 +141,7 @@ class StoryTurn(io.ComfyNode):
         import torch
 
         from ..minigpt5_core.generate import Sampling, generate
-        from ..minigpt5_core.prompts import fit_prompt
+        from ..minigpt5_core.story.prompts import fit_prompt
 
         widgets = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
         way = _preset(preset, widgets, pictures, max_pictures)
@@ -172,8 +172,8 @@ class StoryTurn(io.ComfyNode):
 
 def _preset(name: str, widgets: Sampling, pictures: str, max_pictures: int) -> Preset:
     """The preset, or the widgets; when pictures come is always the node's own affair."""
-    from ..minigpt5_core.presets import PRESETS as presets
-    from ..minigpt5_core.presets import Preset
+    from ..minigpt5_core.story.presets import PRESETS as presets
+    from ..minigpt5_core.story.presets import Preset
 
     chosen = Preset(widgets) if name == "off" else presets[name]
     sampling = replace(chosen.sampling, pictures=pictures, max_pictures=max_pictures)
@@ -182,7 +182,7 @@ def _preset(name: str, widgets: Sampling, pictures: str, max_pictures: int) -> P
 
 def _request(story: StorySoFar, instruction: str) -> str:
     """What the LLM is asked: the opening for the first page, then the instruction or what happens next."""
-    from ..minigpt5_core.prompts import NEXT
+    from ..minigpt5_core.story.prompts import NEXT
 
     instruction = instruction.strip()
     if story.pages:
@@ -192,7 +192,7 @@ def _request(story: StorySoFar, instruction: str) -> str:
 
 def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
     """Names the words outside the storybook's world, in the log and on the node."""
-    from ..minigpt5_core.storybook import unknown_words
+    from ..minigpt5_core.story.storybook import unknown_words
 
     if words := unknown_words(request):
         message = (
@@ -207,7 +207,7 @@ def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset) -> list[Turn]:
 
     An LLM that sees is shown every picture; a voken block stands for those it asked for, and for all if it is blind.
     """
-    from ..minigpt5_core.prompts import LOOK, NEXT, Turn
+    from ..minigpt5_core.story.prompts import LOOK, NEXT, Turn
 
     turns = []
     for index, page in enumerate(story.pages):
@@ -219,7 +219,7 @@ def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset) -> list[Turn]:
 
 
 def _open_turn(request: str) -> Turn:
-    from ..minigpt5_core.prompts import Turn
+    from ..minigpt5_core.story.prompts import Turn
 
     return Turn(request)
 

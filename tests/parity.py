@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from minigpt5_core.conditioning.mapper import Mapper
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
 from minigpt5_core.losses import IGNORED, LossWeights, caption_loss, compute_snr, diffusion_loss, text_loss
-from minigpt5_core.mapper import Mapper
 from minigpt5_core.published import our_name, published_labels
 from minigpt5_core.vokens import IMAGE_HERE, gather_voken_states
-from minigpt5_core.weights import load_mapper
 
 TOLERANCE = 1e-4  # absolute, for values; ids and labels must be equal
 NEW_TOKENS = 40

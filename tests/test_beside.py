@@ -9,13 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from minigpt5_core import precision
-from minigpt5_core.adapter import ADAPTER_WEIGHTS, VOKEN_IDS, read_adapter, take_beside
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, generate
-from minigpt5_core.llm import load_adapter, load_llm
-from minigpt5_core.precision import PRECISIONS, holding
-from minigpt5_core.prompts import Turn, fit_prompt
+from minigpt5_core.llm import load_adapter, load_llm, precision
+from minigpt5_core.llm.adapter import ADAPTER_WEIGHTS, VOKEN_IDS, read_adapter, take_beside
+from minigpt5_core.llm.precision import PRECISIONS, holding
+from minigpt5_core.story.prompts import Turn, fit_prompt
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 IDS = torch.tensor([[5, 6, 70, 80, 90, 33, 200]])

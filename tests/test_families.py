@@ -19,14 +19,14 @@ from transformers import BitsAndBytesConfig
 
 from minigpt5_core import versions
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.families import FAMILIES, OLDEST, SINCE
-from minigpt5_core.families.base import Family, features, placed, stack_positions
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
+from minigpt5_core.llm.families import FAMILIES, OLDEST, SINCE
+from minigpt5_core.llm.families.base import Family, features, placed, stack_positions
 from minigpt5_core.pipeline import Parts, load
-from minigpt5_core.presets import Preset
-from minigpt5_core.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.story import Story
+from minigpt5_core.story.presets import Preset
+from minigpt5_core.story.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.versions import has_transformers
 from minigpt5_core.vokens import gather_voken_states
 from tests.family_toys import SIDE, TOYS

@@ -9,15 +9,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minigpt5_core import gguf_files
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, generate
-from minigpt5_core.llm import load_llm
-from minigpt5_core.llm_files import default_llm, find_gguf
-from minigpt5_core.precision import holding
-from minigpt5_core.prompts import Turn, chat_text, fit_prompt
+from minigpt5_core.llm import gguf_files, load_llm
+from minigpt5_core.llm.files import default_llm, find_gguf
+from minigpt5_core.llm.precision import holding
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.prompts import Turn, chat_text, fit_prompt
 from minigpt5_core.versions import has_transformers
-from minigpt5_core.weights import hash_weights
 
 pytestmark = pytest.mark.skipif(
     not has_transformers(gguf_files.OLDEST), reason="GGUF files need a newer transformers"

@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from minigpt5_core.llm import load_adapter, load_llm
-from minigpt5_core.precision import holding
-from minigpt5_core.prompts import NEXT
+from minigpt5_core.llm.precision import holding
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.prompts import NEXT
 from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
-from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 from trainer.adapters import save_adapter as save_prefix
 from trainer.adapters import with_prefix
 
@@ -54,7 +55,7 @@ def tell(pack, llm):
 @pytest.fixture
 def prompts(pack, monkeypatch):
     """What the LLM was asked, turn by turn: [[(request, text, whether there is a picture), ...], ...]."""
-    module, asked = pack.part("minigpt5_core.prompts"), []
+    module, asked = pack.part("minigpt5_core.story.prompts"), []
     plain = module.fit_prompt
 
     def listen(llm, turns, room, wording):
@@ -226,7 +227,7 @@ def test_a_turn_loads_what_is_beside_4_bits_too(pack, host, tell, packed, openin
 
 def test_a_gguf_file_is_loaded(pack, models, monkeypatch, tiny_llm_folder):
     asked = []
-    core, weights = pack.part("minigpt5_core.llm"), pack.part("minigpt5_core.weights")
+    core, weights = pack.part("minigpt5_core.llm"), pack.part("minigpt5_core.llm.weights")
     plain = core.load_llm
     (models / "LLM" / "small.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(
@@ -356,7 +357,7 @@ def seeing(pack, models, tiny_llm_folder):
 @pytest.fixture
 def shown(pack, monkeypatch):
     """Which pages' pictures each turn was shown, and whether a block stood in front of it."""
-    module, asked = pack.part("minigpt5_core.prompts"), []
+    module, asked = pack.part("minigpt5_core.story.prompts"), []
     plain = module.fit_prompt
 
     def listen(llm, turns, room, wording):
@@ -415,7 +416,7 @@ def test_a_preset_takes_the_place_of_the_widgets_above_it(pack, tell, llm, openi
 
 def test_a_scene_that_was_only_drawn_is_told_as_it_was_asked_for(pack, tell, llm, opening, monkeypatch):
     monkeypatch.setattr(llm.frozen.causal_lm.config, "max_position_embeddings", 1024)
-    monkeypatch.setattr(pack.part("minigpt5_core.generate")._Row, "_text", lambda row, ids: "")
+    monkeypatch.setattr(pack.part("minigpt5_core.generate.row").RowState, "_text", lambda row, ids: "")
     story, text, vokens = tell(opening, preset="published_vist")
     assert text == story.pages[0].text == "Mia the fox." and len(vokens.states) == 1
     assert tell(opening)[1] == ""

@@ -4,9 +4,9 @@ import pytest
 import sentencepiece
 import torch
 
+from minigpt5_core.conditioning.mapper import ReferenceMapper
 from minigpt5_core.config import MapperConfig
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import ReferenceMapper
 from minigpt5_core.published import (
     PublishedTokenizer,
     PublishedWeights,

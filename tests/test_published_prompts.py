@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.prompts import LOOK, NEXT, Turn, fit_prompt
-from minigpt5_core.published_prompts import CC3M, MMDIALOG, VIST, clean_caption
+from minigpt5_core.story.prompts import LOOK, NEXT, Turn, fit_prompt
+from minigpt5_core.story.published_prompts import CC3M, MMDIALOG, VIST, clean_caption
 
 STORY = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide it "

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
 from minigpt5_core.llm import load_llm, load_sight
-from minigpt5_core.prompts import DESCRIBE, LOOK, Turn, chat_prompt, chat_text, fit_prompt
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.prompts import DESCRIBE, LOOK, Turn, chat_prompt, chat_text, fit_prompt
 from minigpt5_core.vision import (
     ImageAdapterHeader,
     ImageEncoder,
@@ -18,7 +19,7 @@ from minigpt5_core.vision import (
     save_image_adapter,
     to_square,
 )
-from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
 CONFIG = ImageEncoderConfig(llm_width=32, size=16, tokens=3, channels=[4, 8], hidden=12, heads=2, layers=1)
 
@@ -195,7 +196,7 @@ def test_an_adapter_of_another_width_is_refused(tiny_llm_folder, tmp_path):
 
 
 def test_the_storybooks_adapter_is_whole_and_small():
-    from minigpt5_core.storybook import STORYBOOK
+    from minigpt5_core.story.storybook import STORYBOOK
 
     file = STORYBOOK / "LLM" / IMAGE_ADAPTER
     encoder, found = load_image_adapter(file)

@@ -1,0 +1,3 @@
+"""Moved to `llm.adapter`."""
+
+from .llm.adapter import *

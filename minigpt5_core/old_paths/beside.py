@@ -1,0 +1,3 @@
+"""Moved to `llm.unmerged_lora`."""
+
+from .llm.unmerged_lora import *

@@ -1,0 +1,3 @@
+"""Moved to `llm.families.base`."""
+
+from ..llm.families.base import *

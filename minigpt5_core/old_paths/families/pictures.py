@@ -1,0 +1,3 @@
+"""Moved to `llm.families.pictures`."""
+
+from ..llm.families.pictures import *

@@ -1,0 +1,3 @@
+"""Moved to `llm.gguf_files`."""
+
+from .llm.gguf_files import *

@@ -1,0 +1,3 @@
+"""Moved to `llm.precision`."""
+
+from .llm.precision import *

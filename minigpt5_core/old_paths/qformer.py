@@ -1,0 +1,3 @@
+"""Moved to `vision.qformer`."""
+
+from .vision.qformer import *

@@ -1,0 +1,112 @@
+"""A story as the LLM reads it, in its own chat template: every scene is a request and the reply to it.
+
+A reply ends with its voken block. The wordings of the published checkpoints are in `published_prompts`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..errors import BadInputError
+from ..generate.prompt import Prompt
+from ..llm.frozen import FrozenLLM
+from ..vokens import PICTURE, plain
+
+SYSTEM = "You tell a picture book story, scene by scene."
+NEXT = "What happens next?"
+LOOK = "Look at this picture."  # the request of a page that is a picture alone
+DESCRIBE = "What does the picture show?"
+# For an LLM whose tokenizer has no chat template: a line a message, each ended by the LLM's own end mark.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One scene as it was asked for and told; `text` is None for the scene still to be told.
+
+    `picture` stands for a voken block, with which the LLM asked for its picture. `shown` are the image tokens (K, W)
+    of a picture that the LLM sees: one that was given, or, behind the block, what came of it.
+    """
+
+    request: str
+    text: str | None = None
+    picture: bool = True
+    shown: Tensor | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a story is put to the LLM.
+
+    `prompt` words the turns, the last of which is still to be told. `illustrates` says whether that one's request is
+    the scene itself, so that nothing but its picture is wanted. A reply ends at one of the `stops`.
+    """
+
+    prompt: Callable[[FrozenLLM, Sequence[Turn]], Prompt]
+    illustrates: Callable[[Sequence[Turn]], bool] = lambda turns: False
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FittedPrompt:
+    """A prompt within the context, and which turns (counted from 0) were left out to make it fit."""
+
+    prompt: Prompt
+    dropped: tuple[int, ...]
+
+
+def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
+    """The turns through the LLM's chat template, or a plain one; an untold last turn leaves the reply open."""
+    family = llm.family
+    block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
+    said = [("system", SYSTEM)]
+    for turn in turns:
+        said.append(("user", plain(turn.request)))
+        if turn.text is not None:
+            shown = f"{family.before}{PICTURE}{family.after}" if turn.shown is not None else ""
+            said.append(
+                ("assistant", plain(turn.text) + (block if turn.picture else "") + shown + family.reply_end)
+            )
+    content = family.content if llm.tokenizer.chat_template else str
+    messages = [{"role": role, "content": content(text)} for role, text in said]
+    is_open = bool(turns) and turns[-1].text is None
+    return llm.tokenizer.apply_chat_template(
+        messages,
+        chat_template=None if llm.tokenizer.chat_template else PLAIN_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=is_open,
+    )
+
+
+def chat_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
+    """The same as token ids, with the pictures that are shown in their slots."""
+    images = [turn.shown for turn in turns if turn.text is not None and turn.shown is not None]
+    return Prompt(llm.encode(chat_text(llm, turns)), images, llm.picture_id if images else None)
+
+
+CHAT = Wording(chat_prompt)
+
+
+def fit_prompt(llm: FrozenLLM, turns: Sequence[Turn], room: int, wording: Wording = CHAT) -> FittedPrompt:
+    """The prompt for an open story, leaving `room` tokens for the reply.
+
+    A story longer than the context keeps its first scene and its latest ones; which scenes fell out is returned.
+    Raises BadInputError when the opening alone does not fit.
+    """
+    limit = llm.context - room
+    dropped: list[int] = []
+    while True:
+        kept = [turn for index, turn in enumerate(turns) if index not in dropped]
+        prompt = wording.prompt(llm, kept)
+        if prompt.length <= limit:
+            return FittedPrompt(prompt, tuple(dropped))
+        if len(kept) <= 2:
+            raise BadInputError(
+                f"The prompt is {prompt.length} tokens long; with {room} kept for the reply this LLM reads at most "
+                f"{limit}. Shorten the prompt."
+            )
+        dropped.append(len(dropped) + 1)
