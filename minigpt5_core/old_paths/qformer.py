@@ -1,3 +1,4 @@
 """Moved to `vision.qformer`."""
 
+from .vision.pictures import white_square
 from .vision.qformer import *
