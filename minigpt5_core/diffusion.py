@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from .conditioning.diffusion_families import SPACES, widths_in_diffusers
 from .conditioning.mapper_file import MapperHeader
-from .conditioning.spaces import SPACES, Conditioning, Space, check_space
+from .conditioning.spaces import Conditioning, Space, check_space
 from .errors import BadInputError
 from .reading import reading
 
@@ -81,26 +82,15 @@ def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Pa
         ) from error
 
 
-def space_of(diffusion: DiffusionPipeline, unsaid: Space) -> Space:
-    """The space a diffusion model takes, read off its configuration; what that leaves open is as in `unsaid`."""
-    unet, transformer = getattr(diffusion, "unet", None), getattr(diffusion, "transformer", None)
-    if unet is not None:
-        width, pooled = unet.config.get("cross_attention_dim"), None
-        if unet.config.get("addition_embed_type") == "text_time":  # SDXL
-            encoder = getattr(diffusion, "text_encoder_2", None)
-            pooled = encoder.config.projection_dim if encoder is not None else unsaid.pooled_width
-    elif transformer is not None:
-        width = transformer.config.get("joint_attention_dim")
-        pooled = transformer.config.get("pooled_projection_dim", unsaid.pooled_width)
-    else:
-        return unsaid
-    if not isinstance(width, int):  # unsaid, or of each block its own
-        return unsaid
-    facts = width, pooled
-    for known in (unsaid, *SPACES.values()):
-        if (known.width, known.pooled_width) == facts:
+def space_of(diffusion: DiffusionPipeline, default: Space) -> Space:
+    """The space a diffusion model takes, read off its configuration; fields that it omits come from `default`."""
+    widths = widths_in_diffusers(diffusion, default)
+    if widths is None:
+        return default
+    for known in (default, *SPACES.values()):
+        if (known.width, known.pooled_width) == widths:
             return known
-    return Space(type(diffusion).__name__, unsaid.tokens, *facts)
+    return Space(type(diffusion).__name__, default.tokens, *widths)
 
 
 def prompt_arguments(

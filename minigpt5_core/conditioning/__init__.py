@@ -3,6 +3,7 @@
 Importing this package costs no torch: the mappers are in `mapper` and `mapper_file`.
 """
 
-from .spaces import SPACES, Conditioning, Space, check_space
+from .diffusion_families import DIFFUSION_FAMILIES, SPACES, DiffusionFamily
+from .spaces import Conditioning, Space, check_space
 
-__all__ = ["SPACES", "Conditioning", "Space", "check_space"]
+__all__ = ["DIFFUSION_FAMILIES", "SPACES", "Conditioning", "DiffusionFamily", "Space", "check_space"]

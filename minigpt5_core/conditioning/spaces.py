@@ -29,19 +29,6 @@ class Space:
         return f"{self.name} ({self.tokens} x {self.width}{pooled})"
 
 
-SPACES: dict[str, Space] = {
-    space.name: space
-    for space in (
-        Space("sd15", 77, 768),
-        Space("sd21", 77, 1024),
-        Space("sdxl", 77, 2048, 1280),
-        Space("sd3", 154, 4096, 2048, latent_channels=16),  # 77 of two CLIPs, then 77 of T5
-        Space("flux", 256, 4096, 768, latent_channels=16),  # T5's, as ComfyUI gives it
-        Space("storybook", 77, 128),
-    )
-}
-
-
 @dataclass(frozen=True, eq=False)
 class Conditioning:
     """What steers the sampler: tokens (B, T, C) and pooled (B, P), None where the space has none."""
