@@ -32,8 +32,8 @@ from .generate.row import Reply
 from .generate.sampling import seeded_generator
 from .llm.files import default_llm
 from .llm.frozen import FrozenLLM
-from .llm.load import load_adapter, load_llm, load_sight
-from .llm.precision import holding
+from .llm.load import load_adapter, load_llm, load_vision
+from .llm.precision import dtype_and_quantization
 from .llm.weights import hash_weights
 from .story.presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
 from .story.presets import Preset
@@ -141,8 +141,8 @@ class StoryTeller:
             for text, states in replace(reply, text=told).scenes(most):
                 seed = (story.seed + len(turns)) % 2**64
                 picture = None if states is None else self._draw(states[None], seed, steps, guidance)
-                shown = None if picture is None else preset.see(self.llm, picture_tensor(picture))
-                turns.append(replace(asked, text=text, picture=picture is not None, shown=shown))
+                seen = None if picture is None else preset.see(self.llm, picture_tensor(picture))
+                turns.append(replace(asked, text=text, picture=picture is not None, image_tokens=seen))
                 yield ToldScene(text, picture, tuple(turn + 1 for turn in dropped))
                 asked, dropped = Turn(NEXT), ()
 
@@ -150,9 +150,9 @@ class StoryTeller:
         """The story's scenes as the LLM reads them, their pictures shown behind their blocks where it can see."""
         turns = []
         for index, (scene, picture) in enumerate(zip_longest(story.scenes, pictures[: len(story.scenes)])):
-            shown = None if picture is None else preset.see(self.llm, picture_tensor(picture))
+            seen = None if picture is None else preset.see(self.llm, picture_tensor(picture))
             request = NEXT if index else story.prompt or LOOK
-            turns.append(Turn(request, scene.text, scene.picture is not None, shown))
+            turns.append(Turn(request, scene.text, scene.picture is not None, seen))
         return turns
 
     def _write(
@@ -203,13 +203,15 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     mapper, header = load_mapper(mapper_file)
     tick("loading", 1, 4)
     llm_folder = parts.llm or default_llm()
-    llm = load_llm(llm_folder, mapper.config.vokens, device=device, **holding(parts.llm_precision))
+    llm = load_llm(
+        llm_folder, mapper.config.vokens, device=device, **dtype_and_quantization(parts.llm_precision)
+    )
     _check_llm(llm, llm_folder, header, mapper_file)
     tick("loading", 2, 4)
     llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")
     # the storybook's eyes were trained through its own adapter
     spare = STORYBOOK / "LLM" / IMAGE_ADAPTER if parts.adapter is None else None
-    llm = load_sight(llm, llm_folder, spare, parts.image_adapter)
+    llm = load_vision(llm, llm_folder, spare, parts.image_adapter)
     tick("loading", 3, 4)
     diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device, parts.diffusion_precision)
     check_diffusion(diffusion, header, mapper_file)

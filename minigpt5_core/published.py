@@ -7,9 +7,7 @@ Layouts and segmentation: github.com/UCSB-AI/MiniGPT-5 (arXiv 2310.02239), writt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -19,9 +17,8 @@ from torch import Tensor, nn
 from .conditioning.mapper import ReferenceMapper
 from .config import MapperConfig
 from .errors import BadInputError
-from .losses import IGNORED
 from .tensor_files import check_shapes
-from .vokens import IMAGE_HERE, block_starts, voken_strings
+from .vokens import IMAGE_HERE, voken_strings
 
 _MAPPER_NAMES = {"fc.": "fc.", "llm_to_t2i_mapping.": "transformer.", "t2i_decoder_prompt": "queries"}
 _LLM_PREFIX = re.compile(r"^model\.llama_model\.(base_model\.model\.)?")
@@ -61,33 +58,10 @@ class PublishedTokenizer:
                 ids += self.pieces.encode(part)
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of the ids; special tokens as they are written, or left out."""
-        names = {index: name for name, index in self.special.items()}
-        words: list[str] = []
-        for special, run in groupby(ids, key=names.__contains__):
-            if not special:
-                words.append(self.pieces.decode(list(run)))
-            elif not skip_special_tokens:
-                words += [names[index] for index in run]
-        return " ".join(words)
-
     def _strip(self, text: str, before: list[str], after: list[str]) -> str:
         if before and before[0] in self.added:
             text = text.lstrip()
         return text.rstrip() if after and after[0] in self.added else text
-
-
-def published_labels(source: list[int], target: list[int], voken_ids: list[int]) -> list[int]:
-    """Labels of one training row: the target without the inner vokens of its first block.
-
-    [IMG0] and, by a slip that belongs to the checkpoints, the last voken stay supervised.
-    """
-    labels = list(target)
-    for start in block_starts(target, voken_ids)[:1]:
-        inner = len(voken_ids) - 2
-        labels[start + 1 : start + 1 + inner] = [IGNORED] * inner
-    return [IGNORED] * len(source) + labels
 
 
 @dataclass(frozen=True)

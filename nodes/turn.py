@@ -28,7 +28,7 @@ SEEDS = 0xFFFFFFFFFFFFFFFF
 
 
 def sampling_inputs() -> list[io.Input]:
-    """How tokens are drawn; the same widgets in Story Turn and Interleaver."""
+    """How tokens are sampled; the same widgets in Story Turn and Interleaver."""
     return [
         io.Float.Input(
             "temperature",
@@ -55,7 +55,7 @@ def sampling_inputs() -> list[io.Input]:
 
 
 def preset_input() -> io.Input:
-    """How the LLM is addressed; the same widget in Story Turn and Interleaver, appended to those they began with."""
+    """How the story is worded for the LLM; the same widget in Story Turn and Interleaver, behind the older ones."""
     return io.Combo.Input(
         "preset",
         optional=True,
@@ -150,7 +150,9 @@ class StoryTurn(io.ComfyNode):
         if folders.STORYBOOK_ADAPTER in llm.adapters:
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = way.sampling.max_new_tokens + max_pictures * len(frozen.voken_ids)
-        if llm.sees:  # looking takes the weights; how long the prompt is shows only afterwards
+        if (
+            llm.has_vision
+        ):  # encoding pictures takes the weights, and the length of the prompt is known only afterwards
             management.load_models_gpu(llm.patchers, force_full_load=True)
         turns = [*_turns(llm, story, way), _open_turn(request)]
         fitted = fit_prompt(frozen, turns, room, way.wording_for(frozen))
@@ -171,7 +173,7 @@ class StoryTurn(io.ComfyNode):
 
 
 def _preset(name: str, widgets: Sampling, pictures: str, max_pictures: int) -> Preset:
-    """The preset, or the widgets; when pictures come is always the node's own affair."""
+    """The preset, or one of the widgets' values; when pictures come is always up to the node's own widgets."""
     from ..minigpt5_core.story.presets import PRESETS as presets
     from ..minigpt5_core.story.presets import Preset
 
@@ -203,18 +205,20 @@ def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
 
 
 def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset) -> list[Turn]:
-    """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next.
+    """The pages as the LLM reads them. The request of a page without one is the opening, or what happens next.
 
-    An LLM that sees is shown every picture; a voken block stands for those it asked for, and for all if it is blind.
+    An LLM with vision is shown every picture. A voken block stands for the pictures that an LLM asked for; to an LLM
+    without vision, for all of them.
     """
     from ..minigpt5_core.story.prompts import LOOK, NEXT, Turn
 
     turns = []
     for index, page in enumerate(story.pages):
-        shown = way.see(llm.frozen, page.picture) if llm.sees and page.picture is not None else None
-        block = page.picture is not None and (page.told or shown is None)
+        looks = llm.has_vision and page.picture is not None
+        image_tokens = way.see(llm.frozen, page.picture) if looks else None
+        block = page.picture is not None and (page.told or image_tokens is None)
         request = page.request or (NEXT if index else story.prompt or LOOK)
-        turns.append(Turn(request, page.text, block, shown))
+        turns.append(Turn(request, page.text, block, image_tokens))
     return turns
 
 
@@ -225,7 +229,7 @@ def _open_turn(request: str) -> Turn:
 
 
 def _progress(total: int) -> Callable[[int], bool]:
-    """Ticks ComfyUI's bar for every token; the tick raises when the user has pressed Cancel."""
+    """Advances ComfyUI's progress bar at every token, which raises when the user has pressed Cancel."""
     import comfy.utils
 
     bar = comfy.utils.ProgressBar(total)
@@ -238,7 +242,7 @@ def _progress(total: int) -> Callable[[int], bool]:
 
 
 def _cache_bytes(llm: LoadedLLM, positions: int) -> int:
-    """What the keys and values of so many positions take, so that ComfyUI makes room for them."""
+    """Bytes that the keys and values of so many positions take, so that ComfyUI frees as much."""
     config = llm.frozen.causal_lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

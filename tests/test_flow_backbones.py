@@ -300,7 +300,7 @@ def test_sd3_without_t5_is_trained_on_zeros_in_its_place(folders, tmp_path, how)
     assert answer.tokens.shape == (1, 154, WIDTH) and not answer.tokens[:, 77:].any()
     assert len(backbone.token_ids("a fox")) == 2 and len(whole.token_ids("a fox")) == 3
     targets = Targets(backbone, ["a fox", "a bear"])
-    assert (targets.deviation[77:] == torch.tensor(1e-2)).all()
+    assert (targets.std[77:] == torch.tensor(1e-2)).all()
     assert targets.loss(answer, ["a fox"], standardised=True).item() == 0
 
 

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from minigpt5_core.llm import load_adapter, load_llm
-from minigpt5_core.llm.precision import holding
+from minigpt5_core.llm.precision import dtype_and_quantization
 from minigpt5_core.llm.weights import hash_weights
 from minigpt5_core.story.prompts import NEXT
 from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
@@ -135,7 +135,7 @@ def test_half_an_adapter_is_half_way(pack, llm, models, tiny_llm_folder):
 
 
 def test_a_prefix_stands_in_front_of_the_story_and_has_no_strength(pack, llm, models, tiny_llm_folder):
-    prefixed = with_prefix(load_llm(tiny_llm_folder), tokens=3, width=0)
+    _, prefixed = with_prefix(load_llm(tiny_llm_folder), tokens=3, width=0)
     save_prefix(prefixed, tiny_llm_folder, models / "loras" / "mine")
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
     assert adapted.frozen.begin(2).get_seq_length() == 3
@@ -184,14 +184,14 @@ def test_an_llm_in_4_bits_is_in_comfyuis_keeping(pack, packed, llm):
     assert pack.nodes["MiniGPT5LoadLLM"].GET_SCHEMA().inputs[1].options[-1] == "4bit"
 
 
-def test_an_adapter_over_4_bits_is_lora_beside_them_and_patches_for_all_else(
+def test_an_adapter_over_4_bits_is_unmerged_lora_and_patches_for_all_else(
     pack, packed, models, tiny_llm_folder
 ):
     save_adapter(models / "loras" / "mine", tiny_llm_folder)
     before = states(packed.frozen)
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=packed, adapter_name="mine").args
     assert set(adapted.patcher.patches) == {"causal_lm.model.embed_tokens.weight", "causal_lm.lm_head.weight"}
-    own = load_adapter(load_llm(tiny_llm_folder, **holding("4bit")), models / "loras" / "mine")
+    own = load_adapter(load_llm(tiny_llm_folder, **dtype_and_quantization("4bit")), models / "loras" / "mine")
     assert torch.equal(states(adapted.frozen), states(own))
     assert not torch.equal(states(own), before)
     assert torch.equal(states(packed.frozen), before)  # the LLM it is laid over stays as it was
@@ -207,17 +207,17 @@ def test_an_adapters_strength_holds_over_4_bits(pack, packed, models, tiny_llm_f
     assert torch.equal(states(none.frozen), states(packed.frozen))
     assert torch.allclose(states(twice.frozen), states(whole.frozen), atol=0.1, rtol=0.1)
     assert not torch.allclose(states(half.frozen), states(whole.frozen), atol=0.1, rtol=0.1)
-    assert len(twice.beside) == 2
+    assert len(twice.unmerged_lora) == 2
 
 
-def test_a_turn_loads_what_is_beside_4_bits_too(pack, host, tell, packed, opening, models, tiny_llm_folder):
+def test_a_turn_loads_unmerged_lora_too(pack, host, tell, packed, opening, models, tiny_llm_folder):
     save_adapter(models / "loras" / "mine", tiny_llm_folder)
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=packed, adapter_name="mine").args
     _, _, vokens = tell(opening, llm=adapted)
     assert vokens.states.shape == (1, 8, 32) and vokens.states.isfinite().all()
     (load,) = host("comfy.model_management").loads
-    assert load["models"] == [adapted.patcher, *adapted.beside] and len(adapted.beside) == 1
-    assert set(adapted.beside[0].model.state_dict()) == {
+    assert load["models"] == [adapted.patcher, *adapted.unmerged_lora] and len(adapted.unmerged_lora) == 1
+    assert set(adapted.unmerged_lora[0].model.state_dict()) == {
         "downs.0",
         "downs.1",
         "ups.0",
@@ -361,7 +361,7 @@ def shown(pack, monkeypatch):
     plain = module.fit_prompt
 
     def listen(llm, turns, room, wording):
-        asked.append([(turn.picture, turn.shown is not None) for turn in turns])
+        asked.append([(turn.picture, turn.image_tokens is not None) for turn in turns])
         return plain(llm, turns, room, wording)
 
     monkeypatch.setattr(module, "fit_prompt", listen)

@@ -9,7 +9,7 @@ import pytest
 
 import minigpt5_core
 
-# What each module defined, less the dead code that went (two losses, two numbers of the storybook).
+# What each module defined, less the dead code that went.
 NAMES = {
     "adapter": """
         ADAPTER_CONFIG ADAPTER_WEIGHTS VOKEN_ROWS VOKEN_IDS BOS_ID NO_LORA OTHER_LLM PREFIX ROWS UNUSED
@@ -60,7 +60,7 @@ NAMES = {
         fit_prompt
     """,
     "published": """
-        PublishedTokenizer published_labels PublishedWeights our_name read_published build_published_mapper
+        PublishedTokenizer PublishedWeights our_name read_published build_published_mapper
     """,
     "published_prompts": """
         SEEING STORY_SYSTEM DIALOGUE_SYSTEM DRAW_SCENE NEXT_SCENE STOP HUMAN ASSISTANT KEPT vist_prompt
@@ -83,7 +83,16 @@ NAMES = {
         hash_weights atomic_save read_tensors check_shapes
     """,
 }
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "adapter.take_beside": "llm.adapter.split_quantized_lora",
+    "beside.Beside": "llm.unmerged_lora.UnmergedLora",
+    "beside.is_packed": "llm.unmerged_lora.is_quantized",
+    "families.base.SeeingFamily": "llm.families.base.VisionFamily",
+    "llm.has_sight": "llm.load.has_vision_files",
+    "llm.load_sight": "llm.load.load_vision",
+    "precision.holding": "llm.precision.dtype_and_quantization",
+    "qformer.DEVIATION": "vision.qformer.STD",
+}
 MOVED = {name.name for name in pkgutil.iter_modules([f"{minigpt5_core.__path__[0]}/old_paths"])}
 
 

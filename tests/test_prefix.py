@@ -20,7 +20,8 @@ def random_prefix(folder, out, width=16, vokens=8):
     """An LLM with an untrained prefix, and the folder it was saved to."""
     llm = load_llm(folder, vokens)
     torch.manual_seed(1)
-    adapted = with_prefix(llm, 3, width).eval()
+    llm, adapted = with_prefix(llm, 3, width)
+    adapted.eval()
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:

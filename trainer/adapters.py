@@ -48,18 +48,18 @@ def with_voken_rows(llm: FrozenLLM) -> PeftModel:
     )
 
 
-def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> PeftModel:
-    """Puts a learned prefix of `tokens` in front of every story, and makes the voken rows trainable.
+def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> tuple[FrozenLLM, PeftModel]:
+    """The LLM with a learned prefix of `tokens` in front of every story, and what trains it and the voken rows.
 
-    The prefix comes out of a network of that `width`, or with width 0 is learned itself.
+    The causal LM is shared with the LLM given and changed in place. The prefix comes out of a network of that `width`,
+    or with width 0 is learned itself.
     """
     projected = {"prefix_projection": True, "encoder_hidden_size": width} if width else {}
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens, **projected)
     adapted = get_peft_model(llm.causal_lm, config)
     # in place, and after the prefix, which freezes everything it finds
     with_voken_rows(llm)
-    llm.prefix = adapted.get_prompt
-    return adapted
+    return llm.with_prefix(adapted.get_prompt), adapted
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -67,10 +67,13 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftModel]) -> PeftModel:
-    """The LLM with what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
+def adapt(
+    llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], tuple[FrozenLLM, PeftModel]]
+) -> tuple[FrozenLLM, PeftModel]:
+    """The LLM, and what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
 
-    Voken rows of an earlier stage 1 are laid into the LLM first, for the fresh adapter to begin with.
+    Voken rows of an earlier stage 1 are merged first, for the fresh adapter to begin with. The causal LM is shared with
+    the LLM given and changed in place.
     """
     if start is None:
         return fresh(llm)
@@ -85,9 +88,8 @@ def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], PeftM
             "of align, or of finetune with LoRA; an interrupted run goes on with --resume."
         )
     if kind == PeftType.LORA:
-        return PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
-    load_adapter(llm, start / "adapter")
-    return fresh(llm)
+        return llm, PeftModel.from_pretrained(llm.causal_lm, str(start / "adapter"), is_trainable=True)
+    return fresh(load_adapter(llm, start / "adapter"))
 
 
 def save_adapter(adapted: PeftModel, llm_folder: Path, folder: Path) -> None:

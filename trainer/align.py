@@ -127,7 +127,8 @@ def train_align(
     torch.manual_seed(recipe.seed)
     run = Run(recipe, out, "align", start_accelerator(recipe, out), resume)
     llm, folder = load_frozen_llm(recipe, run.llm_device)
-    adapted = adapt(llm, start_from, with_voken_rows).eval()
+    llm, adapted = adapt(llm, start_from, lambda llm: (llm, with_voken_rows(llm)))
+    adapted.eval()
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_("trainable_tokens" in name)
     if run.shards:

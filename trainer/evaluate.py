@@ -5,7 +5,7 @@ python -m trainer evaluate --recipe trainer/recipes/storybook_evaluate.toml --ou
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -224,8 +224,7 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder)
     adapted = PeftModel.from_pretrained(llm.causal_lm, recipe.caption_adapter)
-    llm.causal_lm = adapted.merge_and_unload().eval()
-    return llm
+    return replace(llm, causal_lm=adapted.merge_and_unload().eval())
 
 
 def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> Gallery:

@@ -80,7 +80,7 @@ def chapters(teller: StoryTeller, record: Record) -> list[Chapter]:
         request = asked or NEXT
         found.append(Chapter(list(turns), request, scene))
         shown = teller.llm.see(picture_tensor(scene.picture.open())) if scene.picture else None
-        turns.append(Turn(request, scene.text, picture=scene.picture is not None, shown=shown))
+        turns.append(Turn(request, scene.text, picture=scene.picture is not None, image_tokens=shown))
         asked = ""
     return found
 

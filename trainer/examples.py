@@ -176,7 +176,9 @@ class RecordSource:
 
     def _example(self, turns: list[Turn], scenes: list[Scene], own: random.Random) -> Example:
         seen = [
-            replace(turn, shown=self._see(turn.shown)) if isinstance(turn.shown, Picture) else turn
+            replace(turn, image_tokens=self._see(turn.image_tokens))
+            if isinstance(turn.image_tokens, Picture)
+            else turn
             for turn in turns
         ]
         return Example(seen, [self._shown(scene, new_seed(own)) for scene in scenes])

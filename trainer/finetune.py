@@ -75,11 +75,11 @@ class FinetuneRecipe(StageRecipe):
             raise BadInputError(f"adapter is {self.adapter!r}; it can be lora or prefix.")
 
 
-def with_adapter(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
-    """Adds what the recipe trains of the LLM, which is changed in place and itself stays frozen."""
+def with_adapter(llm: FrozenLLM, recipe: FinetuneRecipe) -> tuple[FrozenLLM, PeftModel]:
+    """The LLM with what the recipe trains of it; the causal LM is shared, changed in place and itself stays frozen."""
     if recipe.adapter == "prefix":
         return with_prefix(llm, recipe.prefix_tokens, recipe.prefix_width)
-    return with_lora(llm, recipe)
+    return llm, with_lora(llm, recipe)
 
 
 def with_lora(llm: FrozenLLM, recipe: FinetuneRecipe) -> PeftModel:
@@ -165,8 +165,8 @@ def train_finetune(
     run = Run(recipe, out, "finetune", start_accelerator(recipe, out), resume)
     llm, folder = load_frozen_llm(recipe, run.llm_device)
     if recipe.image_adapter:
-        load_sight(llm, folder, chosen=Path(recipe.image_adapter))
-    adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
+        llm = load_sight(llm, folder, chosen=Path(recipe.image_adapter))
+    llm, adapted = adapt(llm, start_from, lambda llm: with_adapter(llm, recipe))
     if run.shards:
         shard(llm, adapted, run.accelerator)
     backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)

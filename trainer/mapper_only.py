@@ -106,7 +106,7 @@ def train_mapper(recipe: MapperRecipe, out: Path, start_from: Path | None, resum
     llm, folder = load_frozen_llm(recipe, device)
     llm = load_adapter(llm, start_from / "adapter")
     if recipe.image_adapter:
-        load_sight(llm, folder, chosen=Path(recipe.image_adapter))
+        llm = load_sight(llm, folder, chosen=Path(recipe.image_adapter))
     backbone = load_backbone(Path(recipe.diffusion), recipe.diffusion_precision, recipe.picture_size)
     backbone.to(device)
     targets = Targets(backbone, list(caption_states(1000, recipe.seed)))

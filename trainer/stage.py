@@ -167,7 +167,7 @@ def scale_to(mapper: Mapper, targets: Targets) -> None:
     """Lets a mapper of our own kinds answer in the text encoder's scale; another, or one of other tokens, stays."""
     if isinstance(mapper, StandardisedMapper) and mapper.config.tokens == len(targets.mean):
         mapper.target_mean.copy_(targets.mean)
-        mapper.target_std.copy_(targets.deviation)
+        mapper.target_std.copy_(targets.std)
 
 
 def recipe_space(recipe: StageRecipe) -> Space:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..reading import UNREADABLE, reading
     from .frozen import MOST_SEEN, FrozenLLM
-    from .load import DTYPE, add_vokens, has_sight, load_adapter, load_llm, load_sight
+    from .load import DTYPE, add_vokens, has_vision_files, load_adapter, load_llm, load_vision
+    from .load import has_vision_files as has_sight
+    from .load import load_vision as load_sight
 
 __all__ = [
     "DTYPE",
@@ -18,14 +20,20 @@ __all__ = [
     "FrozenLLM",
     "add_vokens",
     "has_sight",
+    "has_vision_files",
     "load_adapter",
     "load_llm",
     "load_sight",
+    "load_vision",
     "reading",
 ]
 
 
+_OLD_NAMES = {"has_sight": "has_vision_files", "load_sight": "load_vision"}
+
+
 def __getattr__(name: str) -> Any:
+    name = _OLD_NAMES.get(name, name)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .. import reading

@@ -1,8 +1,8 @@
-"""Adapters in PEFT's layout, read and laid over an LLM without PEFT: voken rows, LoRA (arXiv 2106.09685), a prefix.
+"""Adapters in PEFT's layout, read and merged without PEFT: voken rows, LoRA (arXiv 2106.09685), a prefix.
 
 A converted checkpoint's adapter holds the whole embedding and head in place of voken rows (PEFT's `modules_to_save`).
 
-A trained adapter is used where PEFT need not be installed, inside ComfyUI above all. Training goes through PEFT itself.
+A trained adapter is used where PEFT need not be installed, above all inside ComfyUI. Training goes through PEFT itself.
 """
 
 import json
@@ -19,19 +19,19 @@ from transformers import PreTrainedModel
 
 from ..errors import BadInputError
 from .prefix import Prefix, read_prefix
-from .unmerged_lora import Beside, is_packed
+from .unmerged_lora import UnmergedLora, is_quantized
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's prefix tuning cannot train rows beside it: there they have a file of their own, which says which ids they are.
 VOKEN_ROWS, VOKEN_IDS = "voken_rows.safetensors", "minigpt5.voken_ids"
-# In the header of a converted adapter's weights: the id its prompts begin with, where the LLM's own is not meant.
+# In the header of a converted adapter's weights: the id its prompts begin with, where it is not the LLM's own.
 BOS_ID = "minigpt5.bos_id"
 # PEFT's word for an adapter that changes whole matrices and has no LoRA
 NO_LORA = "dummy-target-modules"
 OTHER_LLM = "Give the LLM it was trained for, or an adapter that was trained for this one."
 PREFIX = "base_model.model."
 ROWS = "trainable_tokens_delta"
-# What of PEFT's LoRA our files never hold, with the value that means "not used".
+# Options of PEFT's LoRA that our files never use, with the value that means "not used".
 UNUSED = {
     "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none",
     "rank_pattern": {}, "alpha_pattern": {},
@@ -43,8 +43,8 @@ class Adapter:
     """What training added to an LLM: `rows`, (V, width) by module, for the `voken_ids`; LoRA pairs by module.
 
     A pair is A (rank, in) and B (out, rank); the weight it changes becomes weight + scale * B @ A. A `prefix` changes
-    no weight: it stands in front of every story. `whole` are weights that replace a module's own, and `bos_id` is what
-    the adapter's prompts begin with, if it says so.
+    no weight: it stands in front of every story. `whole` are weights that replace a module's own. `bos_id` is the id
+    that the adapter's prompts begin with, None where it does not say.
     """
 
     voken_ids: list[int]
@@ -97,29 +97,30 @@ def read_header(file: Path) -> dict[str, str]:
 
 
 def _config_of_rows(file: Path) -> dict[str, Any]:
-    """What PEFT would say of the rows that lie beside a prefix."""
+    """The configuration that PEFT would write for the rows in a file beside a prefix."""
     if not file.is_file():
         raise BadInputError(
-            f"{file.parent} has no {VOKEN_ROWS}, which belongs to its prefix. Copy it as well."
+            f"{file.parent} has no {VOKEN_ROWS}, which belongs to its prefix. Copy that file as well."
         )
     ids = json.loads(read_header(file).get(VOKEN_IDS, "[]"))
     return {"peft_type": "TRAINABLE_TOKENS", "token_indices": ids}
 
 
-def take_beside(
+def split_quantized_lora(
     causal_lm: PreTrainedModel, adapter: Adapter, strength: float = 1.0
-) -> tuple[Adapter, Beside | None]:
-    """The adapter without the LoRA pairs of packed weights, and those, at `strength`, where there are any."""
-    packed = {name: pair for name, pair in adapter.lora.items() if is_packed(causal_lm.get_submodule(name))}
-    if not packed:
+) -> tuple[Adapter, UnmergedLora | None]:
+    """The adapter without the LoRA pairs of quantized weights, and those pairs at `strength`, if there are any."""
+    lora = adapter.lora.items()
+    quantized = {name: pair for name, pair in lora if is_quantized(causal_lm.get_submodule(name))}
+    if not quantized:
         return adapter, None
-    rest = {name: pair for name, pair in adapter.lora.items() if name not in packed}
-    return replace(adapter, lora=rest), Beside(packed, strength * adapter.scale)
+    rest = {name: pair for name, pair in lora if name not in quantized}
+    return replace(adapter, lora=rest), UnmergedLora(quantized, strength * adapter.scale)
 
 
 @torch.no_grad()
 def merge_adapter(causal_lm: PreTrainedModel, adapter: Adapter) -> None:
-    """Lays the adapter into the LLM's weights in memory, none of which may be packed (see `take_beside`)."""
+    """Merges the adapter into the LLM's weights, in place. None of these may be quantized (`split_quantized_lora`)."""
     for module, whole in adapter.whole.items():
         causal_lm.get_submodule(module).weight.copy_(whole)
     for module, rows in adapter.rows.items():
@@ -153,7 +154,7 @@ def _check_config(config: Any) -> None:
 
 
 def _check_voken_rows(config: dict, voken_ids: list[int], width: int, folder: Path) -> None:
-    """BadInputError unless the adapter trains just the rows that are vokens in this LLM."""
+    """BadInputError unless the adapter trains exactly the rows that are vokens in this LLM."""
     rows = config.get("token_indices") or config.get("trainable_token_indices") or []
     for found in rows.values() if isinstance(rows, dict) else [rows]:  # LoRA may name them layer by layer
         if list(found) != voken_ids:
@@ -230,7 +231,7 @@ def _tables(causal_lm: PreTrainedModel) -> list[str]:
 
 
 def _is_target(name: str, targets: list[str]) -> bool:
-    """As PEFT reads a list of targets: each is a module's whole path, or the end of it."""
+    """Whether a module is one of PEFT's targets: each is a module's whole path, or the end of it."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

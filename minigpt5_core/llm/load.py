@@ -1,4 +1,4 @@
-"""A frozen LLM out of a folder, and what is laid on it: an adapter, and what it sees with."""
+"""Loads a frozen LLM from its folder, and what goes on top of it: an adapter, and what it sees pictures with."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..vision.encoder import ImageEncoder
 from ..vision.image_adapter import IMAGE_ADAPTER, QFORMER, load_image_adapter
 from ..vision.qformer import QFormerEncoder, load_qformer
 from ..vokens import PICTURE, voken_strings
-from .adapter import OTHER_LLM, merge_adapter, read_adapter, take_beside
+from .adapter import OTHER_LLM, merge_adapter, read_adapter, split_quantized_lora
 from .families import find_family, load_family
 from .families.base import Family
 from .frozen import FrozenLLM
@@ -36,9 +36,9 @@ def load_llm(
     device: str | torch.device = "cpu",
     quantization: Any = None,
 ) -> FrozenLLM:
-    """Reads a Hugging Face folder and adds `vokens` rows, each the mean of all others, after its own.
+    """Loads a Hugging Face folder and adds `vokens` rows after its own, each the mean of all others.
 
-    `folder` may be a GGUF file too, or hold a single one in place of safetensors. `quantization` is one of
+    `folder` may also be a GGUF file, or hold a single one in place of safetensors. `quantization` is one of
     transformers' configurations, such as BitsAndBytesConfig. Raises BadInputError when the folder holds no LLM of a
     known family that transformers can read from safetensors or GGUF.
     """
@@ -62,7 +62,7 @@ def load_llm(
         model = kind.model_class.from_pretrained(
             folder, **{DTYPE: dtype}, local_files_only=True, use_safetensors=True, **small
         )
-        if quantization:  # it lies where it belongs, and is not to be moved
+        if quantization:  # it is on its device already, and must not be moved
             keep_layout(model)
         else:
             model = model.to(device)
@@ -75,8 +75,8 @@ def _load_gguf(
 ) -> FrozenLLM:
     if quantization:
         raise BadInputError(
-            f"{file} is a GGUF file, which is unpacked to be read and cannot be held in 4 bits. Take another precision "
-            "(bf16), or give the same model as a Hugging Face folder with safetensors weights."
+            f"{file} is a GGUF file, which is unpacked when it is read and cannot be held in 4 bits. Take another "
+            "precision (bf16), or give the same model as a Hugging Face folder with safetensors weights."
         )
     with reading(f"The LLM in {file} cannot be read", file, OTHER_FILE):
         tokenizer, model = read_gguf(file, dtype)
@@ -86,9 +86,9 @@ def _load_gguf(
 def add_vokens(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, vokens: int, family: Family | None = None
 ) -> FrozenLLM:
-    """Adds voken tokens to a tokenizer and their rows to a model, and freezes the model."""
+    """Adds voken tokens to a tokenizer and their rows to a model, both in place, and freezes the model."""
     strings = voken_strings(vokens)
-    known = tokenizer.get_vocab()  # those already there keep their ways with the white space beside them
+    known = tokenizer.get_vocab()  # those already there keep how they treat white space beside them
     tokenizer.add_tokens([name for name in (*strings, PICTURE) if name not in known], special_tokens=True)
     voken_ids = tokenizer.convert_tokens_to_ids(strings)
     rows = model.get_input_embeddings().num_embeddings
@@ -103,28 +103,30 @@ def add_vokens(
 
 
 def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
-    """Lays a PEFT adapter (voken rows, LoRA or a prefix) over the LLM for use, in memory; files are never touched.
+    """The LLM with a PEFT adapter (voken rows, LoRA or a prefix), for use.
 
-    LoRA of weights in 4 bits stays beside them, all else is merged. Raises BadInputError when the folder is no whole
-    PEFT adapter or was trained for another LLM.
+    Voken rows and LoRA are merged into the weights of the causal LM, which the LLM given shares: it must not be used
+    any more. LoRA of quantized weights stays unmerged. Files are never touched. Raises BadInputError when the folder is
+    no whole PEFT adapter or was trained for another LLM.
     """
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
         adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids)
-    merged, beside = take_beside(llm.causal_lm, adapter)
-    merge_adapter(llm.causal_lm, merged)
-    return llm.adapted(adapter, beside.to(llm.device) if beside else None)
+    mergeable, unmerged = split_quantized_lora(llm.causal_lm, adapter)
+    merge_adapter(llm.causal_lm, mergeable)
+    return llm.with_adapter(adapter, unmerged.to(llm.device) if unmerged else None)
 
 
-def load_sight(
+def load_vision(
     llm: FrozenLLM, folder: Path, spare: Path | None = None, chosen: Path | None = None
 ) -> FrozenLLM:
-    """Lets the LLM of `folder` see: by the `chosen` image adapter, by what is in its folder, or by `spare`.
+    """The LLM of `folder` with vision: by the `chosen` image adapter, by one in its folder, or by `spare`.
 
-    In its folder may be an image adapter or a converted Q-Former. `spare` serves only the weights it was trained for;
-    an LLM without any stays blind. Raises BadInputError for one, chosen or in the folder, that is broken or for another
-    width.
+    The folder may hold an image adapter or a converted Q-Former. `spare` is used only with the weights it was trained
+    for. An LLM with vision of its own, or for which none is found, is returned as it is; else the one returned shares
+    all but the image encoder with the one given. Raises BadInputError for an image encoder, chosen or in the folder,
+    that is broken or for another width.
     """
-    if llm.family.sees:
+    if llm.family.has_vision:
         if chosen:
             raise BadInputError(f"The LLM in {folder} sees by itself. Leave the image adapter {chosen} out.")
         return llm
@@ -141,12 +143,11 @@ def load_sight(
             return llm
     else:
         return llm
-    llm.image_encoder = encoder.requires_grad_(False).to(llm.device)
-    return llm
+    return llm.with_vision(encoder.requires_grad_(False).to(llm.device))
 
 
-def has_sight(folder: Path) -> bool:
-    """Whether the folder of an LLM holds what it sees with."""
+def has_vision_files(folder: Path) -> bool:
+    """Whether the folder of an LLM holds an image encoder for it."""
     return any((folder / name).is_file() for name in (IMAGE_ADAPTER, QFORMER))
 
 

@@ -9,10 +9,11 @@ from ..errors import BadInputError
 PRECISIONS = ("float32", "bf16", "4bit")
 
 
-def holding(precision: str) -> dict[str, Any]:
-    """`load_llm`'s arguments for one of PRECISIONS. In 4 bits it computes in bf16, and embedding and head stay in bf16.
+def dtype_and_quantization(precision: str) -> dict[str, Any]:
+    """The arguments `dtype` and `quantization` of `load_llm` for one of PRECISIONS.
 
-    BadInputError for another name, and for 4 bits where bitsandbytes is not installed.
+    In 4 bits the LLM computes in bf16, and its embedding and head stay in bf16. BadInputError for another name, and for
+    4 bits where bitsandbytes is not installed.
     """
     import torch
     from transformers import BitsAndBytesConfig

@@ -19,21 +19,21 @@ PROMPT = "prompt_embeddings"
 class Prefix:
     """`values` (2 * layers, heads, tokens, d): layer 0's keys, layer 0's values, layer 1's keys and so on.
 
-    They follow the LLM to whatever device it is moved to.
+    A cache is made on the device and in the dtype that `causal_lm` has at that time.
     """
 
     values: Tensor
     causal_lm: PreTrainedModel
 
     def __call__(self, rows: int) -> DynamicCache:
-        """A cache of `rows` stories that holds the prefix and nothing else."""
+        """A cache for `rows` stories that holds the prefix and nothing else."""
         values = self.values.to(self.causal_lm.device, self.causal_lm.dtype)
         keys_and_values = values[:, None].expand(-1, rows, -1, -1, -1)
         return DynamicCache(list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True)))
 
 
 def read_prefix(file: Path, causal_lm: PreTrainedModel) -> Prefix:
-    """The prefix in a file that PEFT wrote; BadInputError for one of another LLM."""
+    """The prefix in a file that PEFT wrote; BadInputError for one that was trained for another LLM."""
     heads, width = _key_shape(causal_lm)
     layers = causal_lm.config.get_text_config().num_hidden_layers
     tensors = load_file(file)
@@ -48,7 +48,7 @@ def read_prefix(file: Path, causal_lm: PreTrainedModel) -> Prefix:
 
 
 def _key_shape(causal_lm: PreTrainedModel) -> tuple[int, int]:
-    """Heads and width of a key: fewer heads than queries in most LLMs."""
+    """How many heads the keys have, and how wide each is: most LLMs have fewer key heads than query heads."""
     config = causal_lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,8 +1,8 @@
-"""Presets: how a story is worded for the LLM, how its replies are drawn from it, and how pictures are made and seen.
+"""Presets: how a story is worded for the LLM, how its replies are sampled, and how pictures are drawn and encoded.
 
 `published_*` are the settings of the published code (model.py and examples/playground.py of
-github.com/UCSB-AI/MiniGPT-5); `default` mends what its users missed: text before each picture, several pictures in a
-reply, no heavy penalty on words that were said.
+github.com/UCSB-AI/MiniGPT-5); `default` adds what its users missed: text before each picture, several pictures in a
+reply, no heavy penalty on repeated words.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,10 @@ from .published_prompts import CC3M, MMDIALOG, VIST
 
 @dataclass(frozen=True)
 class Preset:
-    """`wording` None: VIST's for a converted published checkpoint, the LLM's own chat for any other.
+    """`wording` None: VIST's for a converted published checkpoint, the LLM's own chat template for any other.
 
-    `padded` pictures are shown whole, in a white square; else the image encoder takes its middle square.
+    `padded`: the LLM is shown pictures whole, in a white square; else its image encoder takes their middle square.
+    `steps` and `guidance` are those of the diffusion model.
     """
 
     sampling: Sampling
@@ -32,27 +33,27 @@ class Preset:
     guidance: float = 7.5
 
     def wording_for(self, llm: FrozenLLM) -> Wording:
-        """How this LLM is addressed."""
+        """The wording for this LLM."""
         return self.wording or (CHAT if llm.bos_id is None else VIST)
 
     def sampling_for(self, llm: FrozenLLM, turns: Sequence[Turn]) -> Sampling:
-        """How the reply to the last turn is drawn: where only a picture is wanted, its block is the whole reply."""
+        """How the reply to the last turn is sampled: where only a picture is wanted, its block is the whole reply."""
         wording, sampling = self.wording_for(llm), self.sampling
         if sampling.pictures == "after_text" and wording.illustrates(turns):
             sampling = replace(sampling, pictures="first", max_pictures=1, max_new_tokens=1)
         return replace(sampling, stop_strings=(*sampling.stop_strings, *wording.stops))
 
     def told(self, llm: FrozenLLM, turns: Sequence[Turn], reply: Reply) -> str:
-        """The text of a reply to the last turn; where it has none and the scene itself was asked for, that."""
+        """The text of a reply to the last turn; where it has none and the request was the scene itself, the request."""
         return reply.text or (turns[-1].request if self.wording_for(llm).illustrates(turns) else "")
 
     def see(self, llm: FrozenLLM, picture: Tensor) -> Tensor | None:
-        """(H, W, 3) in [0, 1] -> (K, W) image tokens; None for an LLM that does not see."""
+        """(H, W, 3) in [0, 1] -> (K, W) image tokens; None for an LLM without vision."""
         return llm.see(white_square(picture) if self.padded else picture)
 
 
 # [IMG0] comes when the model samples it, and only the first picture is drawn. The penalty counts what was generated and
-# the beginning mark that transformers 4.31 put before it, id 0 in that Vicuna's settings; it never counts the prompt.
+# the bos token that transformers 4.31 put before it, id 0 in that Vicuna's settings; it never counts the prompt.
 _PUBLISHED = Sampling(
     temperature=1.0,
     top_p=0.9,

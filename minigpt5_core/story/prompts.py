@@ -26,24 +26,24 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Turn:
-    """One scene as it was asked for and told; `text` is None for the scene still to be told.
+    """One scene: what was requested, and what was told; `text` is None for the scene still to be told.
 
-    `picture` stands for a voken block, with which the LLM asked for its picture. `shown` are the image tokens (K, W)
-    of a picture that the LLM sees: one that was given, or, behind the block, what came of it.
+    `picture`: whether a voken block, with which the LLM asks for a picture, ends the reply. `image_tokens` (K, W) are
+    those of a picture that the LLM sees: one that was given to it, or, behind a voken block, the one drawn from it.
     """
 
     request: str
     text: str | None = None
     picture: bool = True
-    shown: Tensor | None = field(default=None, compare=False)
+    image_tokens: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How a story is put to the LLM.
+    """How a story is worded for the LLM.
 
-    `prompt` words the turns, the last of which is still to be told. `illustrates` says whether that one's request is
-    the scene itself, so that nothing but its picture is wanted. A reply ends at one of the `stops`.
+    `prompt` makes a prompt of the turns, the last of which is still to be told. `illustrates` says whether the request
+    of that last turn is the scene itself, so that only its picture is wanted. A reply ends at one of the `stops`.
     """
 
     prompt: Callable[[FrozenLLM, Sequence[Turn]], Prompt]
@@ -53,23 +53,23 @@ class Wording:
 
 @dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt within the context, and which turns (counted from 0) were left out to make it fit."""
+    """A prompt that fits the LLM's context, and which turns (counted from 0) were left out for that."""
 
     prompt: Prompt
     dropped: tuple[int, ...]
 
 
 def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
-    """The turns through the LLM's chat template, or a plain one; an untold last turn leaves the reply open."""
+    """The turns in the LLM's chat template, or a plain one; a last turn still to be told leaves its reply open."""
     family = llm.family
     block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
     said = [("system", SYSTEM)]
     for turn in turns:
         said.append(("user", plain(turn.request)))
         if turn.text is not None:
-            shown = f"{family.before}{PICTURE}{family.after}" if turn.shown is not None else ""
+            slot = f"{family.before}{PICTURE}{family.after}" if turn.image_tokens is not None else ""
             said.append(
-                ("assistant", plain(turn.text) + (block if turn.picture else "") + shown + family.reply_end)
+                ("assistant", plain(turn.text) + (block if turn.picture else "") + slot + family.reply_end)
             )
     content = family.content if llm.tokenizer.chat_template else str
     messages = [{"role": role, "content": content(text)} for role, text in said]
@@ -83,8 +83,8 @@ def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
 
 
 def chat_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
-    """The same as token ids, with the pictures that are shown in their slots."""
-    images = [turn.shown for turn in turns if turn.text is not None and turn.shown is not None]
+    """The text of `chat_text` as token ids, with the turns' image tokens in their slots."""
+    images = [turn.image_tokens for turn in turns if turn.text is not None and turn.image_tokens is not None]
     return Prompt(llm.encode(chat_text(llm, turns)), images, llm.picture_id if images else None)
 
 
@@ -92,10 +92,10 @@ CHAT = Wording(chat_prompt)
 
 
 def fit_prompt(llm: FrozenLLM, turns: Sequence[Turn], room: int, wording: Wording = CHAT) -> FittedPrompt:
-    """The prompt for an open story, leaving `room` tokens for the reply.
+    """The prompt for a story whose last turn is still to be told, leaving `room` tokens for the reply.
 
-    A story longer than the context keeps its first scene and its latest ones; which scenes fell out is returned.
-    Raises BadInputError when the opening alone does not fit.
+    A story longer than the context keeps its first scene and its latest ones; which scenes were left out is returned.
+    Raises BadInputError when the first scene and the request do not fit.
     """
     limit = llm.context - room
     dropped: list[int] = []

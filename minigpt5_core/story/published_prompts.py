@@ -26,11 +26,14 @@ DRAW_SCENE = "Generate an image with the scene description:"
 NEXT_SCENE = "Tell me the next scene with image."
 STOP = "###"
 HUMAN, ASSISTANT = "Human", "Assistant"
-KEPT = {ASSISTANT: 3, HUMAN: 2}  # earlier utterances: an exchange, and what is to be answered
+KEPT = {
+    ASSISTANT: 3,
+    HUMAN: 2,
+}  # by who answers: earlier utterances kept, an exchange and what is to be answered
 
 
 def vist_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
-    """Each scene's text with its picture behind it, then the question; an opening is a scene to be drawn."""
+    """Each scene's text followed by its picture, then the question; a story's opening is a scene to be drawn."""
     *told, asked = turns
     history = "".join(_words(turn) + _slot(llm, turn) for turn in told)
     if not told:
@@ -67,7 +70,7 @@ class _Utterance:
 
 
 def mmdialog_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
-    """The last exchange and what was said to it. Where nobody was asked, the other speaker goes on."""
+    """The last exchange and what followed it. Where the last turn asks nothing, the other speaker goes on."""
     said = _dialogue(turns)
     answering = HUMAN if said and said[-1].speaker == ASSISTANT else ASSISTANT
     kept = said[-KEPT[answering] :]
@@ -82,7 +85,7 @@ def mmdialog_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
 def _dialogue(turns: Sequence[Turn]) -> list[_Utterance]:
     """The turns as a dialogue: requests and given pictures are the human's, replies the assistant's.
 
-    A reply that nobody asked for is by whoever had not spoken last.
+    A reply without a request is by the speaker who did not speak last.
     """
     said: list[_Utterance] = []
     for speaker, text, picture in _spoken(turns):
@@ -96,37 +99,37 @@ def _dialogue(turns: Sequence[Turn]) -> list[_Utterance]:
 
 
 def _spoken(turns: Sequence[Turn]) -> Iterator[tuple[str | None, str, Tensor | None]]:
-    """(speaker, text, picture) in order; no speaker where it follows from who spoke before."""
+    """(speaker, text, picture) in order; the speaker is None where it depends on who spoke before."""
     for turn in turns:
         asked = turn.request not in (NEXT, LOOK)
         if asked:
             yield HUMAN, _said(turn.request), None
         if turn.text is not None:
-            given = turn.shown is not None and not turn.picture
-            yield HUMAN if given else ASSISTANT if asked else None, _said(turn.text), turn.shown
+            given = turn.image_tokens is not None and not turn.picture
+            yield HUMAN if given else ASSISTANT if asked else None, _said(turn.text), turn.image_tokens
 
 
 def _words(turn: Turn) -> str:
-    """A told scene's text; of one that was only asked for with a picture, what was asked."""
+    """The text of a scene that was told; the request, for one whose reply is a picture without text."""
     own = "" if turn.request in (NEXT, LOOK) else turn.request
     return _said(turn.text or own)
 
 
 def _said(text: str) -> str:
-    """A reader's or a writer's text without what would make a voken or a picture of a word."""
+    """A text without the brackets that would turn a word into a voken or a picture's slot."""
     return plain(text).replace(IMAGE_HERE, IMAGE_HERE.strip("<>")).strip()
 
 
 def _pictures(turns: Sequence[Turn]) -> list[Tensor]:
-    return [turn.shown for turn in turns if turn.shown is not None]
+    return [turn.image_tokens for turn in turns if turn.image_tokens is not None]
 
 
 def _slot(llm: FrozenLLM, turn: Turn) -> str:
-    return "" if turn.shown is None else _written(llm)
+    return "" if turn.image_tokens is None else _written(llm)
 
 
 def _written(llm: FrozenLLM) -> str:
-    """A picture as the published prompts have it."""
+    """How a picture is written in the published prompts."""
     return f"<Img>{_picture_token(llm)[0]}</Img>"
 
 

@@ -22,7 +22,7 @@ from ..tensor_files import FORMAT_VERSION, check_shapes, read_tensors
 from .pictures import picture_tensor
 
 # CLIP's, which EVA was trained with
-MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BLOCK_EPS, LAST_EPS = (
     1e-6,
     1e-5,
@@ -86,8 +86,8 @@ class QFormerEncoder(nn.Module):
 
 
 def normalise(picture: Tensor) -> Tensor:
-    """(H, W, 3) in [0, 1] -> (3, H, W) with CLIP's mean and deviation taken out."""
-    return ((picture - picture.new_tensor(MEAN)) / picture.new_tensor(DEVIATION)).movedim(-1, 0)
+    """(H, W, 3) in [0, 1] -> (3, H, W) standardised with CLIP's mean and standard deviation."""
+    return ((picture - picture.new_tensor(MEAN)) / picture.new_tensor(STD)).movedim(-1, 0)
 
 
 def _middle(picture: Tensor, size: int) -> Tensor:

@@ -93,9 +93,9 @@ def test_an_adapter_over_4_bits_gives_what_the_core_gives_and_leaves_no_trace(in
     pytest.importorskip("bitsandbytes")
     from minigpt5_core.llm import load_adapter, load_llm
     from minigpt5_core.llm.files import default_llm
-    from minigpt5_core.llm.precision import holding
+    from minigpt5_core.llm.precision import dtype_and_quantization
 
-    llm = load_llm(default_llm(), 8, **holding("4bit"))
+    llm = load_llm(default_llm(), 8, **dtype_and_quantization("4bit"))
     ids = torch.tensor([[1, 400, 500, *llm.voken_ids, 2, 30]])
     found = inside("packed", ids=ids)
 

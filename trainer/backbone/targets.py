@@ -21,14 +21,14 @@ class Targets:
             tokens.add(answer.tokens)
             if answer.pooled is not None:
                 pooled.add(answer.pooled[:, None])
-        self.mean, self.deviation = tokens.mean, tokens.deviation
-        self.pooled_deviation = pooled.deviation if backbone.pools else None
+        self.mean, self.std = tokens.mean, tokens.std
+        self.pooled_std = pooled.std if backbone.pools else None
 
     def loss(self, answer: Conditioning, texts: Sequence[str], standardised: bool) -> Tensor:
         """The distance of the mapper's answer from theirs, tokens and pooled counted alike."""
         wanted = self.backbone.encode(texts)
-        loss = caption_loss(answer.tokens, wanted.tokens, self.deviation if standardised else None)
+        loss = caption_loss(answer.tokens, wanted.tokens, self.std if standardised else None)
         if answer.pooled is None or wanted.pooled is None:
             return loss
-        scale = self.pooled_deviation if standardised else None
+        scale = self.pooled_std if standardised else None
         return loss + caption_loss(answer.pooled[:, None], wanted.pooled[:, None], scale)

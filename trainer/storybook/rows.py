@@ -89,7 +89,9 @@ def vokens(
             if consistent and reference is None:
                 reference = encode_pictures(teller.diffusion.vae, [picture])
             if feed_back:
-                turns[-1] = Turn(scene.request, scene.text, shown=teller.llm.see(picture_tensor(picture)))
+                turns[-1] = Turn(
+                    scene.request, scene.text, image_tokens=teller.llm.see(picture_tensor(picture))
+                )
             yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
 
     return draw

@@ -13,12 +13,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ...errors import BadInputError
 from ...versions import INSTALLED, check_transformers
-from .base import Family, SeeingFamily
+from .base import Family, VisionFamily
 from .pictures import read_processor
 from .qwen import Qwen3VL, QwenVL
 from .square import Idefics3, InternVL, Llava
 
-FAMILIES: dict[str, type[SeeingFamily]] = {
+FAMILIES: dict[str, type[VisionFamily]] = {
     "llava": Llava,
     "idefics3": Idefics3,
     "smolvlm": Idefics3,
@@ -71,4 +71,4 @@ def load_family(
     kind: type[Family], folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Family:
     """A family with what its LLM's folder says about pictures; `tokenizer` gets the family's template and end mark."""
-    return kind(config, tokenizer, read_processor(folder)) if issubclass(kind, SeeingFamily) else kind()
+    return kind(config, tokenizer, read_processor(folder)) if issubclass(kind, VisionFamily) else kind()

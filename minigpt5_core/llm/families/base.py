@@ -35,7 +35,7 @@ class Family:
     """
 
     model_class: Any = AutoModelForCausalLM
-    sees = False
+    has_vision = False
     axes = 1
     before = after = reply_end = ""
 
@@ -56,7 +56,7 @@ class Family:
         return torch.arange(length)[None]
 
 
-class SeeingFamily(Family):
+class VisionFamily(Family):
     """A vision-language model of transformers. `processor` is its image processor's configuration.
 
     Simplified: a picture is seen whole, in one piece, where some families' processors cut large ones into tiles. It is
@@ -65,7 +65,7 @@ class SeeingFamily(Family):
     """
 
     model_class = AutoModelForImageTextToText
-    sees = True
+    has_vision = True
 
     def __init__(
         self, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, processor: dict[str, Any]

@@ -40,9 +40,9 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
 
 
 def normalised(image: Tensor, processor: dict[str, Any]) -> Tensor:
-    """(3, H, W) in [0, 1], less the processor's mean, by its deviation."""
-    mean, deviation = (torch.tensor(processor[name]).to(image) for name in ("image_mean", "image_std"))
-    return (image - mean[:, None, None]) / deviation[:, None, None]
+    """(3, H, W) in [0, 1], standardised with the processor's mean and standard deviation."""
+    mean, std = (torch.tensor(processor[name]).to(image) for name in ("image_mean", "image_std"))
+    return (image - mean[:, None, None]) / std[:, None, None]
 
 
 def side_of(size: Any) -> int:

@@ -14,13 +14,13 @@ from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .base import Placed, SeeingFamily, features
+from .base import Placed, VisionFamily, features
 from .pictures import normalised, resized
 
 MOST_PIXELS = 448 * 448  # about 200 or 250 image tokens
 
 
-class QwenVL(SeeingFamily):
+class QwenVL(VisionFamily):
     """Qwen2-VL and Qwen2.5-VL. A picture (K, L + 2) says with each token in which row and column of it the token is.
 
     Simplified: a picture keeps its proportions, but is scaled down to MOST_PIXELS where the processor would take more.

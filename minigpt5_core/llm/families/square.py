@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...vision.pictures import middle_square
-from .base import SeeingFamily, features
+from .base import VisionFamily, features
 from .pictures import normalised, resized, side_of
 
 
-class SquareFamily(SeeingFamily):
+class SquareFamily(VisionFamily):
     """One square a picture, whose tokens are plain vectors at plain positions: W = L."""
 
     def see(self, model: PreTrainedModel, picture: Tensor) -> Tensor:

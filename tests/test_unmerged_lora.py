@@ -12,8 +12,8 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, generate
 from minigpt5_core.llm import load_adapter, load_llm, precision
-from minigpt5_core.llm.adapter import ADAPTER_WEIGHTS, VOKEN_IDS, read_adapter, take_beside
-from minigpt5_core.llm.precision import PRECISIONS, holding
+from minigpt5_core.llm.adapter import ADAPTER_WEIGHTS, VOKEN_IDS, read_adapter, split_quantized_lora
+from minigpt5_core.llm.precision import PRECISIONS, dtype_and_quantization
 from minigpt5_core.story.prompts import Turn, fit_prompt
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -63,7 +63,7 @@ def unpacked(llm):
         if weight.dtype == torch.uint8:
             weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
         parameter.data = weight.detach().float().clone()
-    return replace(llm, causal_lm=plain.eval(), beside=())
+    return replace(llm, causal_lm=plain.eval(), unmerged_lora=())
 
 
 def save_adapter(llm_folder, folder, **changes):
@@ -99,7 +99,7 @@ def logits(llm, ids=IDS):
 
 def test_all_layers_but_embedding_and_head_are_packed(folder, untied):
     for place in (folder, untied):
-        llm = load_llm(place, **holding("4bit")).causal_lm
+        llm = load_llm(place, **dtype_and_quantization("4bit")).causal_lm
         linear = {name for name, module in llm.named_modules() if isinstance(module, nn.Linear)}
         packed = {name for name, weight in llm.named_parameters() if weight.dtype == torch.uint8}
         assert packed == {f"{name}.weight" for name in linear - {"lm_head"}} and len(packed) == 14
@@ -115,20 +115,20 @@ def test_it_computes_with_what_its_blocks_stand_for(folder):
 
 
 def test_reading_its_weights_changes_nothing(folder):
-    llm = load_llm(folder, **holding("4bit"))
+    llm = load_llm(folder, **dtype_and_quantization("4bit"))
     before = logits(llm)
     llm.causal_lm.state_dict()
     assert torch.equal(logits(llm), before)
 
 
-def test_lora_beside_it_is_lora_added_to_its_matrices(folder, tmp_path):
+def test_unmerged_lora_is_lora_added_to_its_matrices(folder, tmp_path):
     adapter = save_adapter(folder, tmp_path)
     expected = by_hand(in_4_bits(folder), adapter)
     llm = load_adapter(in_4_bits(folder), adapter)
     ids = torch.tensor([[*IDS[0], *llm.voken_ids]])
     assert torch.allclose(logits(llm, ids), logits(expected, ids), atol=1e-3)
     assert (logits(llm, ids) - logits(in_4_bits(folder), ids)).abs().max() > 1
-    assert len(llm.beside[0].names) == 6
+    assert len(llm.unmerged_lora[0].names) == 6
 
 
 def test_it_gives_what_peft_gives(folder, tmp_path):
@@ -150,10 +150,10 @@ def test_strength_weakens_it(folder, tmp_path):
     expected = by_hand(in_4_bits(folder), path, 0.5)
     llm = in_4_bits(folder)
     adapter = read_adapter(path, llm.causal_lm, llm.voken_ids)
-    rest, beside = take_beside(llm.causal_lm, adapter, 0.5)
+    rest, unmerged = split_quantized_lora(llm.causal_lm, adapter, 0.5)
     assert not rest.lora and rest.rows.keys() == adapter.rows.keys()
     without_vokens = slice(0, llm.voken_ids[0])
-    found = logits(llm.adapted(rest, beside))[..., without_vokens]
+    found = logits(llm.with_adapter(rest, unmerged))[..., without_vokens]
     assert torch.allclose(found, logits(expected)[..., without_vokens], atol=1e-3)
 
 
@@ -161,8 +161,8 @@ def test_nothing_stays_behind(folder, tmp_path):
     adapter = save_adapter(folder, tmp_path)
     llm = in_4_bits(folder)
     before = logits(llm)
-    _, beside = take_beside(llm.causal_lm, read_adapter(adapter, llm.causal_lm, llm.voken_ids))
-    adapted = llm.adapted(read_adapter(adapter, llm.causal_lm, llm.voken_ids), beside)
+    _, unmerged = split_quantized_lora(llm.causal_lm, read_adapter(adapter, llm.causal_lm, llm.voken_ids))
+    adapted = llm.with_adapter(read_adapter(adapter, llm.causal_lm, llm.voken_ids), unmerged)
     assert not torch.allclose(logits(adapted), before, atol=0.1)
     with pytest.raises(RuntimeError):
         adapted.read(torch.zeros(1, 2, 3))  # of another width: it ends in the midst
@@ -196,10 +196,10 @@ def test_an_embedding_and_a_head_that_were_trained_whole_replace_its_own(untied,
         assert torch.allclose(logits(llm), peft(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_weights_in_plain_numbers_leave_nothing_beside(folder, tmp_path):
+def test_weights_in_plain_numbers_leave_no_lora_unmerged(folder, tmp_path):
     for held in ("float32", "bf16"):
-        llm = load_adapter(load_llm(folder, **holding(held)), save_adapter(folder, tmp_path))
-        assert llm.beside == ()
+        llm = load_adapter(load_llm(folder, **dtype_and_quantization(held)), save_adapter(folder, tmp_path))
+        assert llm.unmerged_lora == ()
 
 
 def test_a_story_is_told_as_by_the_matrices(folder, tmp_path):
@@ -213,7 +213,7 @@ def test_a_story_is_told_as_by_the_matrices(folder, tmp_path):
 
 
 def test_as_it_is_used_it_computes_in_bf16(folder, tmp_path):
-    llm = load_llm(folder, **holding("4bit"))
+    llm = load_llm(folder, **dtype_and_quantization("4bit"))
     expected = logits(by_hand(llm, save_adapter(folder, tmp_path)))
     found = logits(load_adapter(llm, tmp_path))
     assert found.dtype == torch.bfloat16
@@ -221,11 +221,15 @@ def test_as_it_is_used_it_computes_in_bf16(folder, tmp_path):
 
 
 def test_what_is_no_precision_and_what_is_not_installed_is_named(monkeypatch):
-    assert [holding(name)["dtype"] for name in PRECISIONS] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert [dtype_and_quantization(name)["dtype"] for name in PRECISIONS] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.bfloat16,
+    ]
     with pytest.raises(BadInputError, match="'8bit'; expected one of float32, bf16, 4bit"):
-        holding("8bit")
+        dtype_and_quantization("8bit")
     monkeypatch.setattr(precision, "find_spec", lambda name: None)
     with pytest.raises(
         BadInputError, match="bitsandbytes, which is not installed. .* -m pip install bitsandbytes"
     ):
-        holding("4bit")
+        dtype_and_quantization("4bit")
