@@ -4,7 +4,7 @@ python -m minigpt5_core "Mia the fox wakes up in a snowy forest." --scenes 4 --s
 python -m minigpt5_core --continue story/story.json --scenes 2
 python -m minigpt5_core get-llm [FOLDER]
 
-Exit codes: 0 done, 2 bad input (a message says what and how to mend it), 130 interrupted (the scenes told so far are
+Exit codes: 0 done, 2 bad input (a message says what, and what to do), 130 interrupted (the scenes told so far are
 saved). Torch and its friends are imported once the arguments are known to be good.
 """
 
@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parts.add_argument(
         "--diffusion", type=Path, metavar="FOLDER", help="a diffusion model in diffusers layout"
     )
-    parts.add_argument("--image-adapter", type=Path, metavar="FILE", help="eyes for the language model")
+    parts.add_argument(
+        "--image-adapter", type=Path, metavar="FILE", help="an image encoder for the language model"
+    )
     parts.add_argument("--device", help="where to compute, such as cpu or cuda")
     parts.add_argument(
         "--diffusion-precision",
@@ -101,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="how the diffusion model is held: bf16 halves its memory (default: %(default)s)",
     )
-    ways = parser.add_argument_group("wording and drawing")
+    ways = parser.add_argument_group("wording, sampling and drawing")
     ways.add_argument(
         "--preset",
         choices=PRESETS,
-        help="how the model is addressed and its words are drawn: storybook where the storybook's model draws, "
-        "default where another does, published_* as the published checkpoints were trained and run",
+        help="how the story is worded for the language model and its replies are sampled: storybook for the "
+        "storybook's diffusion model, default for another, published_* as the published checkpoints were run",
     )
     ways.add_argument("--steps", type=int, help="diffusion steps a picture, in place of the preset's")
     ways.add_argument(

@@ -1,4 +1,4 @@
-"""Diffusion models in diffusers' layout: loaded, told apart by the conditioning they take, given it as a prompt."""
+"""Diffusion models in diffusers' layout: loading them, and checking that they take a mapper's conditioning."""
 
 import json
 import re
@@ -18,11 +18,11 @@ DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32") -> DiffusionPipeline:
-    """A diffusers folder or a name on the Hub (`find_diffusion`), in float32 or bf16 whatever its files hold.
+    """The pipeline in a diffusers folder or of a name on the Hub (`find_diffusion`), in float32 or bf16.
 
-    BadInputError when there is none, or not of whole safetensors files, or for another precision.
-
-    Text encoders that were left out of it are None: a mapper answers in their place.
+    The precision is the one given, whatever the files hold. Text encoders that are left out of the folder are None: a
+    mapper answers in their place. BadInputError when there is no model, or its safetensors files are not whole, or for
+    another precision.
     """
     if precision not in DIFFUSION_PRECISIONS:
         raise BadInputError(
@@ -43,7 +43,7 @@ def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32"
 
 
 def find_diffusion(folder: Path) -> Path:
-    """`folder`; where there is none of that name, what `hf download` has fetched of the model of that name.
+    """`folder`, or if there is no such folder, the one that `hf download` has fetched for a model of that name.
 
     Nothing is downloaded here. BadInputError when neither is there, or it is no diffusers model.
     """
@@ -69,9 +69,9 @@ def _left_out(folder: Path) -> dict[str, None]:
 
 
 def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:
-    """Raises BadInputError, naming both sides, when the mapper answers in another space than the model listens to.
+    """Raises BadInputError, naming both, when the mapper's space is not the one that the diffusion model takes.
 
-    A model whose configuration does not say what it takes is let through.
+    A model whose configuration does not say what it takes passes.
     """
     expected = space_of(diffusion, header.space)
     try:
@@ -96,7 +96,7 @@ def space_of(diffusion: DiffusionPipeline, default: Space) -> Space:
 def prompt_arguments(
     positive: Conditioning, negative: Conditioning, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """What a diffusers pipeline of that precision takes in place of a prompt."""
+    """The arguments by which a diffusers pipeline of that precision takes conditioning in place of a prompt."""
     positive, negative = positive.to(dtype), negative.to(dtype)
     arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
     if positive.pooled is not None and negative.pooled is not None:

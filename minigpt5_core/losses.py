@@ -45,7 +45,7 @@ def diffusion_loss(
 def flow_loss(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error of the predicted velocity of rectified flow, noise minus clean, (B, ...) (arXiv 2403.03206).
 
-    Every sample weighs alike: how often a moment is drawn is its weight.
+    All samples have the same weight: how often a timestep is sampled is its weight.
     """
     return (prediction.float() - (noise.float() - clean.float())).square().mean()
 

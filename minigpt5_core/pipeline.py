@@ -66,10 +66,11 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a story is told with; None stands for the storybook's own part. Its eyes go with its own adapter only.
+    """What a story is told with; None stands for the storybook's own part.
 
-    `llm` is a Hugging Face folder or a GGUF file, `llm_precision` one of `precision.PRECISIONS`.
-    `diffusion_precision`, "float32" or "bf16", is how the diffusion model is held and draws; half the memory in bf16.
+    The storybook's image adapter is used with the storybook's adapter only. `llm` is a Hugging Face folder or a GGUF
+    file, `llm_precision` one of `precision.PRECISIONS`. `diffusion_precision`, "float32" or "bf16", is the dtype of the
+    diffusion model; bf16 takes half the memory.
     """
 
     llm: Path | None = None
@@ -84,7 +85,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class ToldScene:
-    """One scene as it was told; `picture` is None when the reply asked for none.
+    """One new scene; `picture` is None when the reply asked for none.
 
     `dropped` are earlier scenes (counted from 1) that no longer fit the LLM's context.
     """
@@ -122,12 +123,12 @@ class StoryTeller:
         preset: Preset = STORYBOOK_PRESET,
         pictures: Sequence[Image.Image | None] = (),
     ) -> Iterator[ToldScene]:
-        """Yields `scenes` new scenes after those the story already holds; scene i draws with seed + i.
+        """Yields `scenes` new scenes after those that the story already holds; scene i is made with seed + i.
 
-        `preset` words the story, and says how many `steps` and how much `guidance` a picture gets where these are
-        None; a reply with several pictures becomes several scenes. `pictures` are those of the scenes the story holds.
-        An LLM that sees is shown every picture, also those it asked for itself; to another a picture is known as the
-        voken block it came from. Raises BadInputError for an opening that does not fit the LLM's context.
+        `preset` words the story, and gives the diffusion `steps` and the `guidance` of a picture where these are None.
+        A reply with several pictures becomes several scenes. `pictures` are those of the scenes that the story holds.
+        An LLM with vision is shown every picture, also those it asked for itself; another LLM knows a picture by its
+        voken block alone. Raises BadInputError for an opening that does not fit the LLM's context.
         """
         steps = preset.steps if steps is None else steps
         guidance = preset.guidance if guidance is None else guidance
@@ -147,7 +148,7 @@ class StoryTeller:
                 asked, dropped = Turn(NEXT), ()
 
     def _earlier(self, story: Story, pictures: Sequence[Image.Image | None], preset: Preset) -> list[Turn]:
-        """The story's scenes as the LLM reads them, their pictures shown behind their blocks where it can see."""
+        """The story's scenes as the LLM reads them, with their pictures behind their voken blocks if it has vision."""
         turns = []
         for index, (scene, picture) in enumerate(zip_longest(story.scenes, pictures[: len(story.scenes)])):
             seen = None if picture is None else preset.see(self.llm, picture_tensor(picture))
@@ -209,7 +210,7 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     _check_llm(llm, llm_folder, header, mapper_file)
     tick("loading", 2, 4)
     llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")
-    # the storybook's eyes were trained through its own adapter
+    # the storybook's image adapter was trained through the storybook's adapter
     spare = STORYBOOK / "LLM" / IMAGE_ADAPTER if parts.adapter is None else None
     llm = load_vision(llm, llm_folder, spare, parts.image_adapter)
     tick("loading", 3, 4)

@@ -1,6 +1,6 @@
 """The published MiniGPT-5 checkpoints in our classes: their words cut into ids, their weights under our names.
 
-A published checkpoint is a dict of tensors that someone else has read from its pickle: nothing here unpickles.
+A published checkpoint is a dict of tensors that the caller has read from its pickle: nothing here unpickles.
 Layouts and segmentation: github.com/UCSB-AI/MiniGPT-5 (arXiv 2310.02239), written for transformers 4.31.
 """
 
@@ -66,13 +66,13 @@ class PublishedTokenizer:
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """A checkpoint's tensors under our names: the mapper's, and those laid over the base LLM."""
+    """A checkpoint's tensors under our names: the mapper's, and those that replace the base LLM's."""
 
     mapper: dict[str, Tensor]
     llm: dict[str, Tensor]
 
     def over(self, earlier: PublishedWeights) -> PublishedWeights:
-        """This (stage 2) checkpoint laid over an earlier (stage 1) one, whose projection and queries it lacks."""
+        """This (stage 2) checkpoint with what it lacks, projection and queries, from an earlier (stage 1) one."""
         return PublishedWeights(earlier.mapper | self.mapper, earlier.llm | self.llm)
 
 
@@ -103,7 +103,7 @@ def build_published_mapper(weights: PublishedWeights, heads: int = 8, vokens: in
     missing = {"queries", "fc.0.weight", "transformer.encoder.layers.0.linear1.weight"} - set(weights.mapper)
     if missing:
         raise BadInputError(
-            f"The checkpoint lacks the mapper's {', '.join(sorted(missing))}. A stage-2 checkpoint is laid over the "
+            f"The checkpoint lacks the mapper's {', '.join(sorted(missing))}. A stage-2 checkpoint needs the "
             "stage-1 checkpoint it was trained from: give both."
         )
     _, tokens, width = weights.mapper["queries"].shape

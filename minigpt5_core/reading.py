@@ -1,4 +1,4 @@
-"""What libraries raise for files they cannot use becomes an error that says which file, why, and how to mend it."""
+"""Turns what libraries raise for files they cannot use into an error that says which file, why, and what to do."""
 
 import struct
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ UNREADABLE = (
 def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
     """Turns what the libraries raise for files they cannot use into BadInputError: `trouble`, why, and `cure`.
 
-    Where `folder` is a GGUF file or holds a safetensors file that is not whole, that is the reason given, whatever was
-    raised.
+    If `folder` is a GGUF file that is not whole, or holds a safetensors file that is not, that is the reason given,
+    whatever was raised.
     """
     try:
         yield

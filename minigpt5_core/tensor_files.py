@@ -73,7 +73,7 @@ def open_tensors(path: Path) -> Any:
 def check_shapes(module: nn.Module, tensors: dict[str, torch.Tensor], trouble: str, cure: str) -> None:
     """BadInputError unless the tensors have the names and shapes of the module's own; either may be on `meta`.
 
-    It says how many differ, after `trouble`, then what is wrong with the first one, then `cure`.
+    The message is `trouble`, how many differ, what is wrong with the first one, and `cure`.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -153,7 +153,7 @@ def _check_llm(vokens: Vokens, mapper: LoadedMapper) -> None:
 
 
 def check_model(model: Any, mapper: LoadedMapper) -> None:
-    """ValueError, naming both sides, when the mapper's answer cannot steer this MODEL; unknown models pass."""
+    """ValueError, naming both, when the mapper's conditioning does not fit this MODEL; unknown models pass."""
     from ..minigpt5_core.conditioning.diffusion_families import SPACES, widths_in_comfyui
     from ..minigpt5_core.conditioning.spaces import Space
 
@@ -201,7 +201,7 @@ def _as_comfy(conditioning: Conditioning) -> list:
 def _blend(conditioning: Conditioning, text: list, strength: float, mapper: LoadedMapper) -> list:
     """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros.
 
-    At 0 and 1 it is the one side as it came: a sampler would attend to the zeros too.
+    At 0 and 1 it is one of the two, unchanged: a sampler would attend to the zeros too.
     """
     import torch
 

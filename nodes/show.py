@@ -130,7 +130,7 @@ def _batch(story: StorySoFar) -> Tensor:
 
 
 def _new_folder(prefix: str) -> tuple[Path, str]:
-    """A folder that is not there yet, and its path from the output folder on; ComfyUI refuses ways out of that."""
+    """A folder that does not exist yet, and its path in the output folder; ComfyUI refuses paths that leave it."""
     root = folder_paths.get_output_directory()
     try:
         parent, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)

@@ -36,7 +36,7 @@ class Mapper(nn.Module):
         return self.map(states.to(next(self.parameters()).dtype))
 
     def map(self, states: torch.Tensor) -> Conditioning:
-        """What each kind does with states of the right shape and dtype."""
+        """`forward` for states that have the right shape and dtype; each kind has its own."""
         raise NotImplementedError
 
     def negative(self) -> Conditioning:
@@ -81,11 +81,11 @@ class ReferenceMapper(Mapper):
 
 
 class StandardisedMapper(Mapper):
-    """What our own kinds share: the states they take, and the scale they answer in.
+    """What our own kinds share: how they read the states, and the scale of their output.
 
-    A fresh one answers with mean 0 and deviation near 1 in every dimension; `target_mean` and `target_std`
-    (T, C) carry that to the text encoder's scale, so that it can be trained on the standardised target.
-    `count` states are read.
+    The last layer of a new one has mean 0 and standard deviation near 1 in every dimension; `target_mean` and
+    `target_std` (T, C) bring that to the text encoder's scale, so that it can be trained on the standardised target.
+    `count` is how many of the V states are read.
     """
 
     target_mean: torch.Tensor
@@ -99,20 +99,22 @@ class StandardisedMapper(Mapper):
         self.positions = nn.Parameter(torch.randn(1, count, hidden) / hidden**0.5)
         self.queries = nn.Parameter(torch.randn(1, config.tokens, hidden))
         self.output = nn.Linear(hidden, config.width)
-        nn.init.normal_(self.output.weight, std=hidden**-0.5)  # unit deviation after the final LayerNorm
+        nn.init.normal_(
+            self.output.weight, std=hidden**-0.5
+        )  # standard deviation 1 after the final LayerNorm
         nn.init.zeros_(self.output.bias)
         self.pooled_head = _pooled_head(config)
         self.register_buffer("target_mean", torch.zeros(config.tokens, config.width))
         self.register_buffer("target_std", torch.ones(config.tokens, config.width))
 
     def answer(self, hidden: torch.Tensor, memory: torch.Tensor) -> Conditioning:
-        """(B, T, H) and the vokens' side (B, count, H) -> conditioning in the text encoder's scale."""
+        """(B, T, H), and (B, count, H) for the pooled vector -> conditioning in the text encoder's scale."""
         tokens = self.output(hidden) * self.target_std + self.target_mean
         return Conditioning(tokens, _pool(self.pooled_head, memory))
 
 
 class CompactMapper(StandardisedMapper):
-    """Our own small mapper: the vokens' states talk to each other, then T learned queries read them."""
+    """Our own small mapper: self-attention over the voken states, then T learned queries cross-attend to them."""
 
     def __init__(self, config: MapperConfig) -> None:
         super().__init__(config, config.vokens)
@@ -125,11 +127,11 @@ class CompactMapper(StandardisedMapper):
 
 
 class ConnectorMapper(StandardisedMapper):
-    """Reads voken rows as learned queries, after the idea of MetaQuery (arXiv 2504.06256) and OpenUni (2505.23661).
+    """Takes voken rows for learned queries, after the idea of MetaQuery (arXiv 2504.06256) and OpenUni (2505.23661).
 
-    A query answers where it stands, so of the V states given the first, which stands before the block and
+    A query's result is the state at its own position, so the first of the V states, which is that before the block and
     predicts [IMG0], is left out; the others are those at [IMG0] .. [IMG(V-2)], V - 1 queries. One bidirectional encoder
-    runs over them and T learned slots, and the slots are the answer.
+    runs over them and T learned slots, and the slots are the result.
     """
 
     def __init__(self, config: MapperConfig) -> None:

@@ -21,7 +21,7 @@ KEYS = tuple(f"minigpt5.{name}" for name in ("format_version", "mapper", "vokens
 
 @dataclass(frozen=True)
 class MapperHeader:
-    """What a mapper belongs to: its conditioning space, the LLM it listens to, and how it was trained.
+    """What a mapper belongs to: its conditioning space, the LLM whose states it reads, and how it was trained.
 
     `llm_hash` is `hash_weights` of the LLM's folder, empty where it was not known; `trained` holds stage, steps, data,
     seed, code version.

@@ -1,4 +1,4 @@
-"""Conditioning spaces: what each family of diffusion models expects in place of its text encoder's output."""
+"""Conditioning spaces: the shapes that diffusion models take in place of their text encoders' output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import BadInputError
 
-if TYPE_CHECKING:  # the table of spaces is plain data: reading it must not cost an import of torch
+if TYPE_CHECKING:  # the table of families is plain data: reading it must not cost an import of torch
     import torch
 
 

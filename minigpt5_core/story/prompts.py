@@ -1,6 +1,6 @@
 """A story as the LLM reads it, in its own chat template: every scene is a request and the reply to it.
 
-A reply ends with its voken block. The wordings of the published checkpoints are in `published_prompts`.
+A reply ends with its voken block. The published checkpoints' wordings are in `published_prompts`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from ..vokens import PICTURE, plain
 
 SYSTEM = "You tell a picture book story, scene by scene."
 NEXT = "What happens next?"
-LOOK = "Look at this picture."  # the request of a page that is a picture alone
+LOOK = "Look at this picture."  # the request of a scene that is a picture without text
 DESCRIBE = "What does the picture show?"
 # For an LLM whose tokenizer has no chat template: a line a message, each ended by the LLM's own end mark.
 PLAIN_TEMPLATE = (

@@ -1,4 +1,4 @@
-"""A story as it is kept: a prompt, a seed and scenes, in and out of story.json. No torch, no pictures in memory."""
+"""A story as it is saved: a prompt, a seed and scenes, to and from story.json. No torch, no pictures in memory."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +13,7 @@ FILE_NAME = "story.json"
 
 @dataclass(frozen=True)
 class Scene:
-    """What is told, and the file name of its picture beside story.json (None: a scene without a picture)."""
+    """Its text, and the file name of its picture beside story.json (None: a scene without a picture)."""
 
     text: str
     picture: str | None = None
@@ -27,7 +27,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Story:
-    """The opening, the seed (64 bits, unsigned) that everything random comes from, and the scenes so far."""
+    """The opening, the seed (64 bits, unsigned) from which everything random follows, and the scenes so far."""
 
     prompt: str
     seed: int
@@ -95,7 +95,7 @@ def _check_type(value: Any, expected: type, what: str) -> None:
 
 
 def _check_file_name(name: str) -> None:
-    """A picture lies beside story.json: a name that leads elsewhere, on any system, is refused."""
+    """BadInputError for a name that leads to another folder than story.json's, on any system."""
     if name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise BadInputError(
             f"picture is {name!r}; expected the name of a file beside {FILE_NAME}, such as scene_01.png."

@@ -9,7 +9,7 @@ STORYBOOK = Path(__file__).resolve().parents[2] / "storybook"
 
 
 def unknown_words(prompt: str) -> list[str]:
-    """The prompt's words that the storybook cannot draw, in order; names are no such words."""
+    """The prompt's words that the storybook cannot draw, in order; characters' names are left out."""
     names = {
         name.lower()
         for name in re.findall(r"\b([A-Z]\w+) the\b|\b(?:called|named) (\w+)", prompt)

@@ -1,4 +1,4 @@
-"""How the frozen LLM sees: a small image encoder and projector turn a picture into a few of the LLM's own vectors.
+"""Vision for a text-only LLM: a small image encoder and projector turn a picture into a few of its input vectors.
 
 Shape letters: B batch, H height, W width, K image tokens, L llm width.
 """
@@ -50,9 +50,9 @@ class ImageEncoderConfig:
 
 
 class ImageEncoder(nn.Module):
-    """Convolutions see, K learned queries read them, a linear projector speaks: (B, 3, size, size) -> (B, K, L).
+    """Convolutions, K learned queries that cross-attend to them, a projector: (B, 3, size, size) -> (B, K, L).
 
-    Pictures are in [-1, 1]. A fresh one answers near `scale` in every dimension, as the LLM's embeddings are.
+    Pictures are in [-1, 1]. `mean` and `scale` (L,) are those of the LLM's embeddings, and bring the output to them.
     """
 
     scale: Tensor

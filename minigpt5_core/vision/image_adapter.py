@@ -1,4 +1,4 @@
-"""The file of an image encoder: one safetensors file whose header says which LLM it speaks to."""
+"""The file of an image encoder: one safetensors file whose header says which LLM it was trained for."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..errors import BadInputError
 from ..tensor_files import FORMAT_VERSION, atomic_save, read_tensors
 from .encoder import ImageEncoder, ImageEncoderConfig
 
-# what an LLM sees with lies beside its weights and is none of them: our own image encoder, or the published one
+# image encoders that lie in an LLM's folder beside its own weights: ours, and the published model's
 IMAGE_ADAPTER, QFORMER = "image_adapter.safetensors", "qformer.safetensors"
 KEYS = ("format_version", "image_encoder", "llm", "trained")
 
 
 @dataclass(frozen=True)
 class ImageAdapterHeader:
-    """Which LLM the encoder speaks to, by name, width and `hash_weights`, and how it was trained."""
+    """Which LLM the encoder was trained for, by name, width and `hash_weights`, and how it was trained."""
 
     llm_id: str
     llm_width: int

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 
 def picture_tensor(picture: Image.Image) -> Tensor:
-    """(H, W, 3) in [0, 1]."""
+    """The picture as (H, W, 3) in [0, 1]."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
 
 

@@ -1,6 +1,6 @@
-"""How the published LLM sees: EVA ViT, Q-Former (arXiv 2301.12597) and MiniGPT-4's projection (arXiv 2304.10592).
+"""The published model's vision: EVA ViT, Q-Former (arXiv 2301.12597) and MiniGPT-4's projection (arXiv 2304.10592).
 
-Stands in an ImageEncoder's place. Shape letters: B batch, H height, W width, K query tokens, L llm width.
+Used in place of an ImageEncoder. Shape letters: B batch, H height, W width, K query tokens, L llm width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCK_EPS, LAST_EPS = (
 class QFormerConfig:
     """Everything that rebuilds it: a square of `size` pixels -> `queries` vectors of the LLM's width.
 
-    `vision_` are the ViT's sizes, the rest the Q-Former's; every `cross_every`th of its layers looks at the picture.
+    `vision_` are the ViT's sizes, the rest the Q-Former's; every `cross_every`th of its layers attends to the picture.
     Raises BadInputError for sizes that cannot be built.
     """
 

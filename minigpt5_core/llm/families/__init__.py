@@ -1,7 +1,7 @@
 """The families of LLMs that can tell a story, found by the `model_type` in a folder's config.json.
 
-Every text-only causal LM of transformers is one family. Those that see keep their own vision tower, image tokens,
-positions and chat template, and each is a small class here.
+All text-only causal LMs of transformers are one family. Vision-language models keep their own vision tower, image
+tokens, positions and chat template; each family of them is a small class.
 """
 
 import json
@@ -28,7 +28,7 @@ FAMILIES: dict[str, type[VisionFamily]] = {
     "qwen3_vl": Qwen3VL,
 }
 OLDEST = "4.50"
-# The first version of transformers with which a kind tells right, where that is later.
+# The first version of transformers that computes a kind correctly, where that is later.
 SINCE = dict.fromkeys(FAMILIES, "4.56") | {
     "qwen3_vl": "4.57", "gpt2": "4.52", "gemma2": "4.53", "gemma3_text": "4.53", "cohere2": "4.53",
 }  # fmt: skip
@@ -37,8 +37,8 @@ SINCE = dict.fromkeys(FAMILIES, "4.56") | {
 def find_family(folder: Path) -> type[Family]:
     """The family of the LLM in `folder`.
 
-    BadInputError, which lists those that are known, for any other kind; for one that the installed transformers is too
-    old for; and for a folder that it is too old to read.
+    BadInputError for any other kind, with a list of those that are known; and for a kind or a folder that needs a later
+    version of transformers than the installed one.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _check_version(folder, config)
@@ -61,7 +61,7 @@ def family_of(kind: str | None, place: Path) -> type[Family]:
 def _check_version(folder: Path, config: dict[str, Any]) -> None:
     kind = config.get("model_type", "")
     check_transformers(f"{folder} holds a model of the kind {kind!r}", SINCE.get(kind, OLDEST))
-    # Transformers 5 keeps the base of rotary positions under another name, which those before pass over without a word.
+    # Transformers 5 keeps the base of rotary positions under another name, which older versions ignore silently.
     text = config.get("text_config", config)
     if "rope_parameters" in text and "rope_theta" not in text:
         check_transformers(f"{folder} was saved with rope_parameters in its config.json", "5")
@@ -70,5 +70,5 @@ def _check_version(folder: Path, config: dict[str, Any]) -> None:
 def load_family(
     kind: type[Family], folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Family:
-    """A family with what its LLM's folder says about pictures; `tokenizer` gets the family's template and end mark."""
+    """A family with what its LLM's folder says about pictures; may set another eos token in `tokenizer`."""
     return kind(config, tokenizer, read_processor(folder)) if issubclass(kind, VisionFamily) else kind()

@@ -1,7 +1,7 @@
-"""What the storyteller's code asks of a family of LLMs, answered for the text-only ones; and what all that see share.
+"""What the rest of the code asks of a family of LLMs, for the text-only ones; and what families with vision share.
 
-A picture is a tensor (K, W) of its K image tokens. Its first L columns are the vectors that stand in the sequence; what
-else a family's decoder must be told about each token, if anything, is in the other W - L.
+A picture is a tensor (K, W) of its K image tokens. Its first L columns are the vectors that stand in the sequence; the
+other W - L, if any, hold what else a family's decoder needs to know about each token.
 
 Shape letters: A axes of a position (1, or 3 for multimodal rotary positions), B batch, K image tokens, L llm width,
 S sequence.
@@ -30,8 +30,8 @@ Placed = tuple[int, Tensor]  # where a picture's first token stands, and the pic
 class Family:
     """A text-only causal LM. Pictures reach it, if at all, as plain vectors that an image encoder of ours makes.
 
-    `before` and `after` are written around a picture's tokens, `reply_end` behind a reply where the chat template
-    leaves the end mark out.
+    `before` and `after` are written around a picture's tokens; `reply_end` is written after a reply, for a chat
+    template that leaves the eos token out.
     """
 
     model_class: Any = AutoModelForCausalLM
@@ -48,7 +48,7 @@ class Family:
         return embedded
 
     def decoder_inputs(self, inputs: Tensor) -> dict[str, Any]:
-        """(B, S, W) -> the decoder's arguments that say what stands in the sequence."""
+        """(B, S, W) -> the decoder's arguments for what stands in the sequence."""
         return {"inputs_embeds": inputs}
 
     def positions(self, length: int, placed: Sequence[Placed]) -> Tensor:
@@ -59,8 +59,8 @@ class Family:
 class VisionFamily(Family):
     """A vision-language model of transformers. `processor` is its image processor's configuration.
 
-    Simplified: a picture is seen whole, in one piece, where some families' processors cut large ones into tiles. It is
-    written into the text at its place in the story, within `before` and `after`, and not as an image item of the chat
+    Simplified: a picture is encoded whole, where some families' processors cut large ones into tiles. It is written
+    into the text at its place in the story, between `before` and `after`, and not as an image item of the chat
     template, which some templates move to the front of the message.
     """
 
@@ -77,7 +77,7 @@ class VisionFamily(Family):
         self.reply_end = "" if not tokenizer.chat_template or self._ends(tokenizer) else tokenizer.eos_token
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Sets the tokenizer's end mark, where the family ends a reply by another."""
+        """Sets the tokenizer's eos token, for a family that ends a reply with another."""
         return None
 
     def content(self, text: str) -> Any:
@@ -88,12 +88,12 @@ class VisionFamily(Family):
         """(H, W, 3) in [0, 1] -> (K, W), by the model's own vision tower and projector."""
 
     def vision(self, model: PreTrainedModel) -> nn.Module:
-        """All of the model but its decoder and head, for telling by its weights whether pictures look the same."""
+        """All of the model but its decoder and head: its weights tell whether two models encode pictures alike."""
         parts = model.model.named_children()
         return nn.ModuleDict({name: part for name, part in parts if part is not model.get_decoder()})
 
     def _ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the chat template itself puts the end mark behind a reply."""
+        """Whether the chat template itself writes the eos token after a reply."""
         said = "A reply."
         messages = [
             {"role": "user", "content": self.content("A question.")},
@@ -104,7 +104,7 @@ class VisionFamily(Family):
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """BadInputError unless a text is made of tokens that were added to the tokenizer alone."""
+    """BadInputError unless a text consists of tokens that were added to the tokenizer."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     if not set(ids) <= set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder):
         raise BadInputError(
@@ -114,7 +114,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
 
 
 def features(answer: Any) -> Any:
-    """What `get_image_features` found, a row a picture; transformers 4 gives it bare."""
+    """The features in the answer of `get_image_features`, a row for each picture; transformers 4 returns them bare."""
     return answer.pooler_output if isinstance(answer, ModelOutput) else answer
 
 

@@ -1,4 +1,4 @@
-"""Pictures as vision towers take them, by the numbers in a model's image processor configuration.
+"""Pictures as vision towers take them, by the settings in a model's image processor configuration.
 
 With torch alone: transformers' own image processors need torchvision, or are not in every version. Resampling is
 torch's antialiased bicubic, within a rounding of Pillow's.
@@ -25,7 +25,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
             return config["image_processor"]
     if not (folder / PREPROCESSOR).is_file():
         raise BadInputError(
-            f"{folder} has no {PREPROCESSOR}, which says how its LLM wants a picture to be scaled. Copy it from where "
+            f"{folder} has no {PREPROCESSOR}, which says how pictures are scaled for its LLM. Copy it from where "
             "the model came from."
         )
     return json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Families whose positions have three axes (time, row, column): Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923),
 Qwen3-VL (2511.21631).
 
-Shape letters as in `base`; D decoder layers that are told of a picture once more (Qwen3-VL).
+Shape letters as in `base`; D decoder layers to which image features are added once more (DeepStack, Qwen3-VL).
 """
 
 import math
@@ -21,7 +21,7 @@ MOST_PIXELS = 448 * 448  # about 200 or 250 image tokens
 
 
 class QwenVL(VisionFamily):
-    """Qwen2-VL and Qwen2.5-VL. A picture (K, L + 2) says with each token in which row and column of it the token is.
+    """Qwen2-VL and Qwen2.5-VL. A picture is (K, L + 2): each token comes with its row and column in the picture.
 
     Simplified: a picture keeps its proportions, but is scaled down to MOST_PIXELS where the processor would take more.
     """
@@ -51,11 +51,11 @@ class QwenVL(VisionFamily):
         return torch.cat((*self.vectors(answer), torch.cartesian_prod(rows, columns)), 1)
 
     def vectors(self, answer: Any) -> list[Tensor]:
-        """The parts of a picture's tokens that the vision tower answers with, (K, L) each."""
+        """The parts of a picture's tokens in the vision tower's answer, (K, L) each."""
         return [features(answer)[0]]
 
     def _pixels(self) -> tuple[int, int]:
-        """The fewest and the most a picture may have, which older and newer processors call by different names."""
+        """The fewest and the most pixels of a picture, which older and newer processors call by different names."""
         size = self.processor.get("size") or {}
         fewest = self.processor.get("min_pixels") or size["shortest_edge"]
         most = min(self.processor.get("max_pixels") or size["longest_edge"], MOST_PIXELS)
@@ -68,7 +68,7 @@ class QwenVL(VisionFamily):
         return {"inputs_embeds": inputs[..., : self.width]}
 
     def positions(self, length: int, placed: Sequence[Placed]) -> Tensor:
-        """A picture's tokens share one time and count its rows and columns; the text goes on behind the longer side."""
+        """A picture's tokens share one time and count its rows and columns; text goes on after the longer side."""
         positions = torch.arange(length).repeat(3, 1)
         for start, picture in placed:
             cells = picture[:, -2:].long().cpu().T
@@ -82,7 +82,7 @@ class QwenVL(VisionFamily):
 class Qwen3VL(QwenVL):
     """Qwen3-VL, whose first D decoder layers get more of a picture added to its tokens: a picture is (K, L + D L + 2).
 
-    Text is padded with zeros there, which are added to it as well and change nothing.
+    Text is padded with zeros there: adding them changes nothing.
     """
 
     def __init__(

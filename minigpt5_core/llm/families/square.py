@@ -41,7 +41,7 @@ class Llava(SquareFamily):
 
 class Idefics3(SquareFamily):
     """Idefics3 and SmolVLM (model types idefics3, smolvlm): the whole picture stretched, as their processor does with
-    `do_image_splitting` off. A reply ends by <end_of_utterance>, whatever the tokenizer says."""
+    `do_image_splitting` off. A reply ends with <end_of_utterance>, whatever the tokenizer says."""
 
     before, after = "<fake_token_around_image><global-img>", "<fake_token_around_image>"
 
