@@ -171,7 +171,7 @@ def measure(name: str, rows: int, timed: int, runs: int) -> dict[str, Any]:
 
 def stories_as_turns(vist: Path | None) -> Iterator[tuple[str, list[list[Any]]]]:
     """(name, stories as turns) as the task `story` has them, no picture shown."""
-    from minigpt5_core.prompts import Turn
+    from minigpt5_core.story.prompts import Turn
     from trainer.data.tasks import Tools, story
     from trainer.storybook.world.stories import stories
 
@@ -186,7 +186,7 @@ def stories_as_turns(vist: Path | None) -> Iterator[tuple[str, list[list[Any]]]]
 def count_tokens(vist: Path | None) -> Iterator[dict[str, Any]]:
     """Mean tokens of a story as one sequence, and as one a picture: earlier scenes with their blocks, or without."""
     from minigpt5_core.llm import load_llm
-    from minigpt5_core.llm_files import default_llm
+    from minigpt5_core.llm.files import default_llm
     from trainer.llm.sequences import story_sequence
 
     llm = load_llm(default_llm())

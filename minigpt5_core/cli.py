@@ -4,7 +4,7 @@ python -m minigpt5_core "Mia the fox wakes up in a snowy forest." --scenes 4 --s
 python -m minigpt5_core --continue story/story.json --scenes 2
 python -m minigpt5_core get-llm [FOLDER]
 
-Exit codes: 0 done, 2 bad input (a message says what and how to mend it), 130 interrupted (the scenes told so far are
+Exit codes: 0 done, 2 bad input (a message says what, and what to do), 130 interrupted (the scenes told so far are
 saved). Torch and its friends are imported once the arguments are known to be good.
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import BadInputError, CancelledError
-from .llm_files import NAME, default_folder, get_llm, is_llm
-from .pages import HTML, check_target, read_pictures, write_story
-from .precision import PRECISIONS
-from .story import Scene, Story, load_story
+from .llm.files import NAME, default_folder, get_llm, is_llm
+from .llm.precision import PRECISIONS
+from .story.pages import HTML, check_target, read_pictures, write_story
+from .story.story import Scene, Story, load_story
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     parts.add_argument(
         "--diffusion", type=Path, metavar="FOLDER", help="a diffusion model in diffusers layout"
     )
-    parts.add_argument("--image-adapter", type=Path, metavar="FILE", help="eyes for the language model")
+    parts.add_argument(
+        "--image-adapter", type=Path, metavar="FILE", help="an image encoder for the language model"
+    )
     parts.add_argument("--device", help="where to compute, such as cpu or cuda")
     parts.add_argument(
         "--diffusion-precision",
@@ -101,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="how the diffusion model is held: bf16 halves its memory (default: %(default)s)",
     )
-    ways = parser.add_argument_group("wording and drawing")
+    ways = parser.add_argument_group("wording, sampling and drawing")
     ways.add_argument(
         "--preset",
         choices=PRESETS,
-        help="how the model is addressed and its words are drawn: storybook where the storybook's model draws, "
-        "default where another does, published_* as the published checkpoints were trained and run",
+        help="how the story is worded for the language model and its replies are sampled: storybook for the "
+        "storybook's diffusion model, default for another, published_* as the published checkpoints were run",
     )
     ways.add_argument("--steps", type=int, help="diffusion steps a picture, in place of the preset's")
     ways.add_argument(
@@ -201,7 +203,7 @@ def _tell_and_save(
     bars: "_Bars",
 ) -> None:
     """Print the scenes as they come and write the story; what was told is written even if the rest fails."""
-    from .presets import PRESETS as presets
+    from .story.presets import PRESETS as presets
 
     settings = {name: value for name in ("steps", "guidance") if (value := getattr(given, name)) is not None}
     preset, told = presets[given.preset], 0

@@ -51,7 +51,7 @@ class MapperConfig:
 
 
 def build(kind: type[Stored], values: Any, source: str) -> Stored:
-    """An instance of the dataclass `kind` from a decoded JSON object; `source` opens every error message.
+    """An instance of the dataclass `kind` from a decoded JSON object; `source` begins every error message.
 
     Raises BadInputError for anything but an object with exactly the known keys and their types.
     """
@@ -80,7 +80,7 @@ def _required(kind: type) -> set[str]:
 
 
 def _checkable(hint: Any) -> Any:
-    """`dict[str, int]` cannot be given to isinstance, `dict` and `int | None` can."""
+    """The type that isinstance takes for a hint: it refuses `dict[str, int]`, but not `dict` and `int | None`."""
     origin = get_origin(hint)
     return origin if origin in (dict, list, tuple) else hint
 

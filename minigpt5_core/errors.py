@@ -1,8 +1,8 @@
-"""Errors a user can mend; command lines print their message and exit with code 2."""
+"""Errors that a user can correct; command lines print their message and exit with code 2."""
 
 
 class BadInputError(ValueError):
-    """What was found, what was expected, and how to mend it."""
+    """Its message says what was found, what was expected, and how to correct it."""
 
 
 class CancelledError(Exception):

@@ -1,41 +1,15 @@
 """What training minimises: next tokens, noise with min-SNR weighting (arXiv 2303.09556) or flow, caption alignment.
 
-The three and their weights are MiniGPT-5's (arXiv 2310.02239, section 3.3). Everything is computed in float32.
+The three are MiniGPT-5's (arXiv 2310.02239, section 3.3). Everything is computed in float32.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 IGNORED = -100  # the label of positions that carry no loss
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """How much each part counts; the defaults are the published ones."""
-
-    text: float = 0.01
-    image: float = 1.0
-    caption: float = 0.1
-
-    def total(
-        self, text: Tensor | None = None, image: Tensor | None = None, caption: Tensor | None = None
-    ) -> Tensor:
-        """The weighted sum of the parts that are there; raises ValueError when none is."""
-        parts = ((self.text, text), (self.image, image), (self.caption, caption))
-        present = [weight * loss for weight, loss in parts if loss is not None]
-        if not present:
-            raise ValueError("No loss was given; a total needs at least one of text, image and caption.")
-        return torch.stack(present).sum()
-
-
-def text_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token: logits (B, S, vocabulary), labels (B, S), -100 where none counts."""
-    return voken_loss(logits[:, :-1], labels[:, 1:])
 
 
 def voken_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -71,26 +45,26 @@ def diffusion_loss(
 def flow_loss(prediction: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
     """Mean squared error of the predicted velocity of rectified flow, noise minus clean, (B, ...) (arXiv 2403.03206).
 
-    Every sample weighs alike: how often a moment is drawn is its weight.
+    All samples have the same weight: how often a timestep is sampled is its weight.
     """
     return (prediction.float() - (noise.float() - clean.float())).square().mean()
 
 
-def caption_loss(answer: Tensor, target: Tensor, deviation: Tensor | None = None) -> Tensor:
+def caption_loss(answer: Tensor, target: Tensor, std: Tensor | None = None) -> Tensor:
     """Mean squared distance of the mapper's answer from the text encoder's, both (B, T, C).
 
-    Published: in the encoder's own scale, where a few wide dimensions drown the rest. With `deviation` (T, C)
+    Published: in the encoder's own scale, where a few dimensions of large scale drown the rest. With `std` (T, C)
     both sides are standardised per token and dimension first (the means cancel).
     """
     difference = answer.float() - target.float()
-    return (difference if deviation is None else difference / deviation).square().mean()
+    return (difference if std is None else difference / std).square().mean()
 
 
 class Statistics:
-    """Mean and deviation, each (T, C), of the text encoder's output for many captions, given batch by batch.
+    """Mean and standard deviation, each (T, C), of the text encoder's output for many captions, given batch by batch.
 
-    A thousand captions of Flux would be 4 GB at once. A deviation below `smallest` is raised to it: CLIP's first token
-    is the same for every caption.
+    A thousand captions of Flux would be 4 GB at once. A standard deviation below `smallest` is raised to it: CLIP's
+    first token is the same for every caption.
     """
 
     def __init__(self, smallest: float = 1e-3) -> None:
@@ -111,7 +85,7 @@ class Statistics:
         return torch.as_tensor(self.sum / self.count).float()
 
     @property
-    def deviation(self) -> Tensor:
+    def std(self) -> Tensor:
         mean = torch.as_tensor(self.sum / self.count)
         variance = torch.as_tensor(self.squares / self.count) - mean.square()
         return variance.clamp(min=0).sqrt().float().clamp(min=self.smallest)

@@ -19,8 +19,8 @@ class Interval:
 def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval | None:
     """The mean of `values` (N,), and the percentile interval over resampled groups, such as the scenes of a story.
 
-    NaN marks what is undefined and is left out; None when nothing is defined. Scenes of one story hang together, so
-    whole stories are drawn.
+    NaN marks what is undefined and is left out; None when nothing is defined. Scenes of one story are not independent,
+    so whole stories are resampled.
     """
     counts, sums = _by_group(values, groups)
     if not counts.sum():
@@ -35,7 +35,7 @@ def bootstrap(values: np.ndarray, groups: np.ndarray, seed: int = 0) -> Interval
 def bootstrap_difference(
     first: np.ndarray, second: np.ndarray, groups: np.ndarray, seed: int = 0
 ) -> Interval | None:
-    """The same for the difference of two rows that were measured on the same scenes."""
+    """The mean and interval of the difference of two systems that were measured on the same scenes."""
     return bootstrap(first - second, groups, seed)
 
 
@@ -51,8 +51,8 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
 
     FID on Inception's: |m1 - m2|^2 + trace(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    With C = R^T R, the last trace is the sum of the singular values of R1 R2^T: a matrix of at most N x M, which five
-    pictures in 2048 dimensions do not blur, as eigenvalues of C1 C2 do.
+    With C = R^T R, the last trace is the sum of the singular values of R1 R2^T: a matrix of at most N x M. That
+    is accurate for five pictures in 2048 dimensions too, where the eigenvalues of C1 C2 are not.
     """
     means = first.mean(0) - second.mean(0)
     roots = [_covariance_root(features) for features in (first, second)]

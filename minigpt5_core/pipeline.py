@@ -5,11 +5,8 @@ for scene in teller.tell(Story("Mia the fox wakes up in a snowy forest.", seed=0
     print(scene.text); scene.picture.save(...)
 """
 
-import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -18,23 +15,49 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .conditioning import SPACES, Conditioning, Space, check_space
+from .conditioning.mapper import Mapper
+from .conditioning.mapper_file import MapperHeader, load_mapper
+from .diffusion import (
+    DIFFUSION_PRECISIONS,
+    check_diffusion,
+    find_diffusion,
+    load_diffusion,
+    prompt_arguments,
+    space_of,
+)
 from .errors import BadInputError, CancelledError
-from .generate import Reply, StoryCache, generate, seeded_generator
-from .llm import FrozenLLM, load_adapter, load_llm, load_sight, reading
-from .llm_files import default_llm
-from .mapper import Mapper
-from .model_index import check_index
-from .precision import holding
-from .presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
-from .presets import Preset
-from .prompts import LOOK, NEXT, Turn, fit_prompt
-from .story import Story
-from .storybook import STORYBOOK, unknown_words
-from .vision import picture_tensor
-from .weights import IMAGE_ADAPTER, MapperHeader, hash_weights, load_mapper
+from .generate.cache import StoryCache
+from .generate.decode import generate
+from .generate.row import Reply
+from .generate.sampling import seeded_generator
+from .llm.files import default_llm
+from .llm.frozen import FrozenLLM
+from .llm.load import load_adapter, load_llm, load_vision
+from .llm.precision import dtype_and_quantization
+from .llm.weights import hash_weights
+from .story.presets import STORYBOOK as STORYBOOK_PRESET  # the folder has that name here
+from .story.presets import Preset
+from .story.prompts import LOOK, NEXT, Turn, fit_prompt
+from .story.story import Story
+from .story.storybook import STORYBOOK, unknown_words
+from .vision.image_adapter import IMAGE_ADAPTER
+from .vision.pictures import picture_tensor
 
-DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+__all__ = [
+    "DIFFUSION_PRECISIONS",
+    "STORYBOOK",
+    "OnProgress",
+    "Parts",
+    "StoryTeller",
+    "ToldScene",
+    "check_device",
+    "check_diffusion",
+    "find_diffusion",
+    "load",
+    "load_diffusion",
+    "prompt_arguments",
+    "space_of",
+]
 
 log = logging.getLogger("minigpt5")
 
@@ -43,10 +66,11 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a story is told with; None stands for the storybook's own part. Its eyes go with its own adapter only.
+    """What a story is told with; None stands for the storybook's own part.
 
-    `llm` is a Hugging Face folder or a GGUF file, `llm_precision` one of `precision.PRECISIONS`.
-    `diffusion_precision`, "float32" or "bf16", is how the diffusion model is held and draws; half the memory in bf16.
+    The storybook's image adapter is used with the storybook's adapter only. `llm` is a Hugging Face folder or a GGUF
+    file, `llm_precision` one of `precision.PRECISIONS`. `diffusion_precision`, "float32" or "bf16", is the dtype of the
+    diffusion model; bf16 takes half the memory.
     """
 
     llm: Path | None = None
@@ -61,7 +85,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class ToldScene:
-    """One scene as it was told; `picture` is None when the reply asked for none.
+    """One new scene; `picture` is None when the reply asked for none.
 
     `dropped` are earlier scenes (counted from 1) that no longer fit the LLM's context.
     """
@@ -99,12 +123,12 @@ class StoryTeller:
         preset: Preset = STORYBOOK_PRESET,
         pictures: Sequence[Image.Image | None] = (),
     ) -> Iterator[ToldScene]:
-        """Yields `scenes` new scenes after those the story already holds; scene i draws with seed + i.
+        """Yields `scenes` new scenes after those that the story already holds; scene i is made with seed + i.
 
-        `preset` words the story, and says how many `steps` and how much `guidance` a picture gets where these are
-        None; a reply with several pictures becomes several scenes. `pictures` are those of the scenes the story holds.
-        An LLM that sees is shown every picture, also those it asked for itself; to another a picture is known as the
-        voken block it came from. Raises BadInputError for an opening that does not fit the LLM's context.
+        `preset` words the story, and gives the diffusion `steps` and the `guidance` of a picture where these are None.
+        A reply with several pictures becomes several scenes. `pictures` are those of the scenes that the story holds.
+        An LLM with vision is shown every picture, also those it asked for itself; another LLM knows a picture by its
+        voken block alone. Raises BadInputError for an opening that does not fit the LLM's context.
         """
         steps = preset.steps if steps is None else steps
         guidance = preset.guidance if guidance is None else guidance
@@ -118,18 +142,18 @@ class StoryTeller:
             for text, states in replace(reply, text=told).scenes(most):
                 seed = (story.seed + len(turns)) % 2**64
                 picture = None if states is None else self._draw(states[None], seed, steps, guidance)
-                shown = None if picture is None else preset.see(self.llm, picture_tensor(picture))
-                turns.append(replace(asked, text=text, picture=picture is not None, shown=shown))
+                seen = None if picture is None else preset.see(self.llm, picture_tensor(picture))
+                turns.append(replace(asked, text=text, picture=picture is not None, image_tokens=seen))
                 yield ToldScene(text, picture, tuple(turn + 1 for turn in dropped))
                 asked, dropped = Turn(NEXT), ()
 
     def _earlier(self, story: Story, pictures: Sequence[Image.Image | None], preset: Preset) -> list[Turn]:
-        """The story's scenes as the LLM reads them, their pictures shown behind their blocks where it can see."""
+        """The story's scenes as the LLM reads them, with their pictures behind their voken blocks if it has vision."""
         turns = []
         for index, (scene, picture) in enumerate(zip_longest(story.scenes, pictures[: len(story.scenes)])):
-            shown = None if picture is None else preset.see(self.llm, picture_tensor(picture))
+            seen = None if picture is None else preset.see(self.llm, picture_tensor(picture))
             request = NEXT if index else story.prompt or LOOK
-            turns.append(Turn(request, scene.text, scene.picture is not None, shown))
+            turns.append(Turn(request, scene.text, scene.picture is not None, seen))
         return turns
 
     def _write(
@@ -170,20 +194,6 @@ class StoryTeller:
         ).images[0]
 
 
-def prompt_arguments(
-    positive: Conditioning, negative: Conditioning, dtype: torch.dtype = torch.float32
-) -> dict[str, torch.Tensor]:
-    """What a diffusers pipeline of that precision takes in place of a prompt."""
-    positive, negative = positive.to(dtype), negative.to(dtype)
-    arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
-    if positive.pooled is not None and negative.pooled is not None:
-        arguments |= {
-            "pooled_prompt_embeds": positive.pooled,
-            "negative_pooled_prompt_embeds": negative.pooled,
-        }
-    return arguments
-
-
 def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> StoryTeller:
     """Loads the parts and checks that they fit each other; BadInputError says which do not, and what to load."""
     parts = parts or Parts()
@@ -194,13 +204,15 @@ def load(parts: Parts | None = None, on_progress: OnProgress | None = None) -> S
     mapper, header = load_mapper(mapper_file)
     tick("loading", 1, 4)
     llm_folder = parts.llm or default_llm()
-    llm = load_llm(llm_folder, mapper.config.vokens, device=device, **holding(parts.llm_precision))
+    llm = load_llm(
+        llm_folder, mapper.config.vokens, device=device, **dtype_and_quantization(parts.llm_precision)
+    )
     _check_llm(llm, llm_folder, header, mapper_file)
     tick("loading", 2, 4)
     llm = load_adapter(llm, parts.adapter or STORYBOOK / "loras" / "storybook")
-    # the storybook's eyes were trained through its own adapter
+    # the storybook's image adapter was trained through the storybook's adapter
     spare = STORYBOOK / "LLM" / IMAGE_ADAPTER if parts.adapter is None else None
-    llm = load_sight(llm, llm_folder, spare, parts.image_adapter)
+    llm = load_vision(llm, llm_folder, spare, parts.image_adapter)
     tick("loading", 3, 4)
     diffusion = load_diffusion(parts.diffusion or STORYBOOK / "diffusers", device, parts.diffusion_precision)
     check_diffusion(diffusion, header, mapper_file)
@@ -228,94 +240,6 @@ def check_device(name: str) -> None:
     ) as error:  # an index too high, or a backend not built in
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInputError(f"--device is {name!r}, which torch cannot compute on: {why} {cure}") from error
-
-
-def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32") -> DiffusionPipeline:
-    """A diffusers folder or a name on the Hub (`find_diffusion`), in float32 or bf16 whatever its files hold.
-
-    BadInputError when there is none, or not of whole safetensors files, or for another precision.
-
-    Text encoders that were left out of it are None: a mapper answers in their place.
-    """
-    if precision not in DIFFUSION_PRECISIONS:
-        raise BadInputError(
-            f"diffusion_precision is {precision!r}; it can be {' or '.join(DIFFUSION_PRECISIONS)}."
-        )
-    folder = find_diffusion(folder)
-    cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
-    check_index(folder)
-    with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder,
-            torch_dtype=DIFFUSION_PRECISIONS[precision],
-            local_files_only=True,
-            use_safetensors=True,
-            **_left_out(folder),
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def find_diffusion(folder: Path) -> Path:
-    """`folder`; where there is none of that name, what `hf download` has fetched of the model of that name.
-
-    Nothing is downloaded here. BadInputError when neither is there, or it is no diffusers model.
-    """
-    found, name = folder, folder.as_posix()
-    named = not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name)
-    if named:
-        with suppress(OSError, ValueError):  # ValueError: one that asks for code of its own
-            found = Path(DiffusionPipeline.download(name, local_files_only=True))
-    if (found / "model_index.json").is_file():
-        return found
-    cure = f", or fetch the model of that name: hf download {name}" if named else ""
-    raise BadInputError(
-        f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
-        f"pipeline was saved to{cure}."
-    )
-
-
-def _left_out(folder: Path) -> dict[str, None]:
-    """The text encoders and tokenizers that the index names and the folder lacks, such as SD3's T5 of 9 GB."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
-    return {name: None for name in parts if not (folder / name).is_dir()}
-
-
-def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:
-    """Raises BadInputError, naming both sides, when the mapper answers in another space than the model listens to.
-
-    A model whose configuration does not say what it takes is let through.
-    """
-    expected = space_of(diffusion, header.space)
-    try:
-        check_space(header.space, expected)
-    except BadInputError as error:
-        raise BadInputError(
-            f"{file.name}: {error} Give a mapper with --mapper, a diffusion model with --diffusion."
-        ) from error
-
-
-def space_of(diffusion: DiffusionPipeline, unsaid: Space) -> Space:
-    """The space a diffusion model takes, read off its configuration; what that leaves open is as in `unsaid`."""
-    unet, transformer = getattr(diffusion, "unet", None), getattr(diffusion, "transformer", None)
-    if unet is not None:
-        width, pooled = unet.config.get("cross_attention_dim"), None
-        if unet.config.get("addition_embed_type") == "text_time":  # SDXL
-            encoder = getattr(diffusion, "text_encoder_2", None)
-            pooled = encoder.config.projection_dim if encoder is not None else unsaid.pooled_width
-    elif transformer is not None:
-        width = transformer.config.get("joint_attention_dim")
-        pooled = transformer.config.get("pooled_projection_dim", unsaid.pooled_width)
-    else:
-        return unsaid
-    if not isinstance(width, int):  # unsaid, or of each block its own
-        return unsaid
-    facts = width, pooled
-    for known in (unsaid, *SPACES.values()):
-        if (known.width, known.pooled_width) == facts:
-            return known
-    return Space(type(diffusion).__name__, unsaid.tokens, *facts)
 
 
 def _check_llm(llm: FrozenLLM, folder: Path, header: MapperHeader, file: Path) -> None:

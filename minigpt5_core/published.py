@@ -1,27 +1,24 @@
 """The published MiniGPT-5 checkpoints in our classes: their words cut into ids, their weights under our names.
 
-A published checkpoint is a dict of tensors that someone else has read from its pickle: nothing here unpickles.
+A published checkpoint is a dict of tensors that the caller has read from its pickle: nothing here unpickles.
 Layouts and segmentation: github.com/UCSB-AI/MiniGPT-5 (arXiv 2310.02239), written for transformers 4.31.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+from .conditioning.mapper import ReferenceMapper
 from .config import MapperConfig
 from .errors import BadInputError
-from .losses import IGNORED
-from .mapper import ReferenceMapper
-from .vokens import IMAGE_HERE, block_starts, voken_strings
-from .weights import check_shapes
+from .tensor_files import check_shapes
+from .vokens import IMAGE_HERE, voken_strings
 
 _MAPPER_NAMES = {"fc.": "fc.", "llm_to_t2i_mapping.": "transformer.", "t2i_decoder_prompt": "queries"}
 _LLM_PREFIX = re.compile(r"^model\.llama_model\.(base_model\.model\.)?")
@@ -61,44 +58,21 @@ class PublishedTokenizer:
                 ids += self.pieces.encode(part)
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Text of the ids; special tokens as they are written, or left out."""
-        names = {index: name for name, index in self.special.items()}
-        words: list[str] = []
-        for special, run in groupby(ids, key=names.__contains__):
-            if not special:
-                words.append(self.pieces.decode(list(run)))
-            elif not skip_special_tokens:
-                words += [names[index] for index in run]
-        return " ".join(words)
-
     def _strip(self, text: str, before: list[str], after: list[str]) -> str:
         if before and before[0] in self.added:
             text = text.lstrip()
         return text.rstrip() if after and after[0] in self.added else text
 
 
-def published_labels(source: list[int], target: list[int], voken_ids: list[int]) -> list[int]:
-    """Labels of one training row: the target without the inner vokens of its first block.
-
-    [IMG0] and, by a slip that belongs to the checkpoints, the last voken stay supervised.
-    """
-    labels = list(target)
-    for start in block_starts(target, voken_ids)[:1]:
-        inner = len(voken_ids) - 2
-        labels[start + 1 : start + 1 + inner] = [IGNORED] * inner
-    return [IGNORED] * len(source) + labels
-
-
 @dataclass(frozen=True)
 class PublishedWeights:
-    """A checkpoint's tensors under our names: the mapper's, and those laid over the base LLM."""
+    """A checkpoint's tensors under our names: the mapper's, and those that replace the base LLM's."""
 
     mapper: dict[str, Tensor]
     llm: dict[str, Tensor]
 
     def over(self, earlier: PublishedWeights) -> PublishedWeights:
-        """This (stage 2) checkpoint laid over an earlier (stage 1) one, whose projection and queries it lacks."""
+        """This (stage 2) checkpoint with what it lacks, projection and queries, from an earlier (stage 1) one."""
         return PublishedWeights(earlier.mapper | self.mapper, earlier.llm | self.llm)
 
 
@@ -129,7 +103,7 @@ def build_published_mapper(weights: PublishedWeights, heads: int = 8, vokens: in
     missing = {"queries", "fc.0.weight", "transformer.encoder.layers.0.linear1.weight"} - set(weights.mapper)
     if missing:
         raise BadInputError(
-            f"The checkpoint lacks the mapper's {', '.join(sorted(missing))}. A stage-2 checkpoint is laid over the "
+            f"The checkpoint lacks the mapper's {', '.join(sorted(missing))}. A stage-2 checkpoint needs the "
             "stage-1 checkpoint it was trained from: give both."
         )
     _, tokens, width = weights.mapper["queries"].shape

@@ -11,7 +11,7 @@ SPECIAL = re.compile(r"\[+(IMG\d+|PICTURE)\]+")
 
 
 def plain(text: str) -> str:
-    """A reader's or a writer's text without the brackets that would make a voken or a picture of a word."""
+    """The text without the brackets that would turn a word in it into a voken or a picture's slot."""
     return SPECIAL.sub(r"\1", text)
 
 

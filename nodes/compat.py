@@ -1,4 +1,4 @@
-"""Schemas for every ComfyUI from 0.3.64 on: what the running one does not know of is left out.
+"""Schemas for every ComfyUI from 0.3.64 on: arguments that the running version does not know are left out.
 
 An unknown argument would take the whole pack down at start-up. The only place that looks at what ComfyUI offers.
 """

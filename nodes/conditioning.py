@@ -51,7 +51,7 @@ class LoadMapper(io.ComfyNode):
 
     @classmethod
     def execute(cls, mapper_name: str) -> io.NodeOutput:
-        from ..minigpt5_core.weights import load_mapper
+        from ..minigpt5_core.conditioning.mapper_file import load_mapper
 
         mapper, header = load_mapper(folders.find_mapper(mapper_name))
         return io.NodeOutput(LoadedMapper(mapper, header, mapper_name))
@@ -153,20 +153,19 @@ def _check_llm(vokens: Vokens, mapper: LoadedMapper) -> None:
 
 
 def check_model(model: Any, mapper: LoadedMapper) -> None:
-    """ValueError, naming both sides, when the mapper's answer cannot steer this MODEL; unknown models pass."""
-    from ..minigpt5_core.conditioning import SPACES, Space
+    """ValueError, naming both, when the mapper's conditioning does not fit this MODEL; unknown models pass."""
+    from ..minigpt5_core.conditioning.diffusion_families import SPACES, widths_in_comfyui
+    from ..minigpt5_core.conditioning.spaces import Space
 
-    config = getattr(getattr(model.model, "model_config", None), "unet_config", None) or {}
-    width = _context_width(config)
-    if width is None:
+    widths = widths_in_comfyui(getattr(getattr(model.model, "model_config", None), "unet_config", None) or {})
+    if widths is None:
         return
     space = mapper.header.space
-    pooled = _pooled_width(model, config, space)
-    if (width, pooled) == (space.width, space.pooled_width):
+    if widths == (space.width, space.pooled_width):
         _check_latents(model, mapper)
         return
-    facts = [known for known in SPACES.values() if (known.width, known.pooled_width) == (width, pooled)]
-    found = facts[0] if facts else Space("another", space.tokens, width, pooled)
+    known = [one for one in SPACES.values() if (one.width, one.pooled_width) == widths]
+    found = known[0] if known else Space("another", space.tokens, *widths)
     raise ValueError(
         f"The mapper {mapper.name} answers in the space {space}, but this MODEL takes {found}. "
         f"{_cure(space, found)}"
@@ -182,21 +181,6 @@ def _check_latents(model: Any, mapper: LoadedMapper) -> None:
             f"MODEL's have {channels}. Load a checkpoint of the kind {space.name}, or a mapper that was trained for "
             "this one."
         )
-
-
-def _context_width(config: dict) -> int | None:
-    inner = (config.get("context_embedder_config") or {}).get("params") or {}
-    return config.get("context_dim") or config.get("context_in_dim") or inner.get("in_features")
-
-
-def _pooled_width(model: Any, config: dict, space: Space) -> int | None:
-    """SDXL takes a pooled vector beside 1536 numbers of picture sizes; Flux and SD3 name its width."""
-    if config.get("vec_in_dim"):
-        return config["vec_in_dim"]
-    adm = config.get("adm_in_channels")
-    if not adm:
-        return None
-    return adm - 1536 if adm > 1536 and _context_width(config) == 2048 else adm
 
 
 def _cure(space: Space, found: Space) -> str:
@@ -217,7 +201,7 @@ def _as_comfy(conditioning: Conditioning) -> list:
 def _blend(conditioning: Conditioning, text: list, strength: float, mapper: LoadedMapper) -> list:
     """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros.
 
-    At 0 and 1 it is the one side as it came: a sampler would attend to the zeros too.
+    At 0 and 1 it is one of the two, unchanged: a sampler would attend to the zeros too.
     """
     import torch
 

@@ -16,7 +16,7 @@ from . import folders
 from .compat import schema
 
 VAE_WIDTH = 64  # of the AutoencoderTiny that ComfyUI builds
-# What ComfyUI's UNet computes without being asked.
+# Settings that are fixed in ComfyUI's UNet.
 UNET_HABITS = {"norm_num_groups": 32, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0}
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 CLIP_TABLE = 49408  # rows of the token table that ComfyUI's CLIP builds

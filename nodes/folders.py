@@ -97,7 +97,7 @@ def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
 
 
 def problem(find: Callable[[str], object], name: str) -> bool | str:
-    """What ComfyUI's validation wants to hear of a name: True, or what is wrong."""
+    """What ComfyUI's validation expects for a name: True, or what is wrong with it."""
     try:
         find(name)
     except ValueError as error:
@@ -106,7 +106,7 @@ def problem(find: Callable[[str], object], name: str) -> bool | str:
 
 
 def fingerprint(path: Path | None) -> str:
-    """Changes when a file, or a file in a folder, was changed; the same text while nothing was."""
+    """A text that changes when a file, or a file in a folder, changes."""
     if path is None:
         return "default"
     files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -1,4 +1,4 @@
-"""A whole story in one node: it becomes a chain of the plain nodes, so that every scene is kept by itself."""
+"""A whole story in one node: it becomes a chain of the plain nodes, so that every scene is cached by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load a frozen LLM, and lay an adapter over it. ComfyUI moves and frees its weights like those of any model."""
+"""Load a frozen LLM, and an adapter on top of it. ComfyUI moves and frees its weights like those of any model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .sockets import LLM, LoadedLLM
 if TYPE_CHECKING:
     import torch
 
-    from ..minigpt5_core.adapter import Adapter
     from ..minigpt5_core.llm import FrozenLLM
+    from ..minigpt5_core.llm.adapter import Adapter
 
 FOUR_BITS = "4bit"
 DTYPES = ["auto", "float32", "bfloat16", "float16", FOUR_BITS]
@@ -74,22 +74,23 @@ class LoadLLM(io.ComfyNode):
 
         require_version("transformers>=4.50", "Update it in ComfyUI's Python: pip install -U transformers")
 
-        from ..minigpt5_core.llm import has_sight, load_llm, load_sight
-        from ..minigpt5_core.llm_files import default_llm
-        from ..minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+        from ..minigpt5_core.llm import has_vision_files, load_llm, load_vision
+        from ..minigpt5_core.llm.files import default_llm
+        from ..minigpt5_core.llm.weights import hash_weights
+        from ..minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
         folder = folders.find_llm(llm_name) or default_llm()
-        frozen = load_llm(folder, vokens, **_holding(dtype))
-        frozen = load_sight(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
-        own_eyes = frozen.family.sees or has_sight(folder)
-        eyes_for = "" if own_eyes else folders.STORYBOOK_ADAPTER
+        frozen = load_llm(folder, vokens, **_dtype_and_quantization(dtype))
+        frozen = load_vision(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
+        own_vision = frozen.family.has_vision or has_vision_files(folder)
+        vision_adapter = "" if own_vision else folders.STORYBOOK_ADAPTER
         return io.NodeOutput(
-            LoadedLLM(_manage(frozen), frozen, llm_name, hash_weights(folder), eyes_for=eyes_for)
+            LoadedLLM(_manage(frozen), frozen, llm_name, hash_weights(folder), vision_adapter=vision_adapter)
         )
 
 
 class LoadAdapter(io.ComfyNode):
-    """LoRA and voken rows over an LLM, as patches: nothing stays behind when they go."""
+    """LoRA and voken rows on top of an LLM, as patches: nothing is left of them when they are taken off."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -129,8 +130,8 @@ class LoadAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, llm: LoadedLLM, adapter_name: str, strength: float) -> io.NodeOutput:
-        from ..minigpt5_core.adapter import OTHER_LLM, read_adapter, take_beside
-        from ..minigpt5_core.llm import reading
+        from ..minigpt5_core.llm.adapter import OTHER_LLM, read_adapter, split_quantized_lora
+        from ..minigpt5_core.reading import reading
 
         folder = folders.find_adapter(adapter_name)
         trouble = f"The adapter {adapter_name} does not fit the LLM {llm.name}"
@@ -138,35 +139,37 @@ class LoadAdapter(io.ComfyNode):
             adapter = read_adapter(folder, llm.frozen.causal_lm, llm.frozen.voken_ids)
         if adapter.prefix is not None and strength != 1:
             raise ValueError(
-                f"strength is {strength:g}: {adapter_name} is a learned prefix, which knows only 1."
+                f"strength is {strength:g}: {adapter_name} is a learned prefix, which can only be used at 1."
             )
-        merged, beside = take_beside(llm.frozen.causal_lm, adapter, strength)
+        mergeable, unmerged = split_quantized_lora(llm.frozen.causal_lm, adapter, strength)
         patcher = llm.patcher.clone()
-        patcher.add_patches(_patches(merged, llm), strength)
-        frozen = llm.frozen.adapted(adapter, beside)
+        patcher.add_patches(_patches(mergeable, llm), strength)
+        frozen = llm.frozen.with_adapter(adapter, unmerged)
         adapters = (*llm.adapters, adapter_name)
-        patchers = (*llm.beside, *([_patcher(beside)] if beside else []))
-        return io.NodeOutput(replace(llm, patcher=patcher, frozen=frozen, adapters=adapters, beside=patchers))
+        patchers = (*llm.unmerged_lora, *([_patcher(unmerged)] if unmerged else []))
+        return io.NodeOutput(
+            replace(llm, patcher=patcher, frozen=frozen, adapters=adapters, unmerged_lora=patchers)
+        )
 
 
-def _holding(dtype: str) -> dict[str, Any]:
+def _dtype_and_quantization(dtype: str) -> dict[str, Any]:
     """`load_llm`'s arguments for one of DTYPES."""
     import comfy.model_management as management
     import torch
 
-    from ..minigpt5_core.precision import holding
+    from ..minigpt5_core.llm.precision import dtype_and_quantization
 
     if dtype == FOUR_BITS:
-        return holding(dtype)
+        return dtype_and_quantization(dtype)
     if dtype != "auto":
         return {"dtype": getattr(torch, dtype)}
     device = management.text_encoder_device()
-    # ComfyUI says float16 there too, and casts layer by layer; a plain transformers model computes in what it holds
+    # on a CPU ComfyUI says float16 too, and casts layer by layer; a transformers model computes in the dtype it holds
     return {"dtype": torch.float32 if device.type == "cpu" else management.text_encoder_dtype(device)}
 
 
 def _manage(frozen: FrozenLLM) -> Any:
-    """The LLM in ComfyUI's own keeping."""
+    """The LLM as a model that ComfyUI manages."""
     import torch
 
     class LanguageModel(torch.nn.Module):
@@ -184,7 +187,7 @@ def _manage(frozen: FrozenLLM) -> Any:
 
 
 def _patcher(model: torch.nn.Module) -> Any:
-    """ComfyUI decides where the weights are, and when they go."""
+    """A ModelPatcher, by which ComfyUI decides where the weights are and when they are freed."""
     import comfy.model_management as management
     from comfy.model_patcher import ModelPatcher
 
@@ -196,9 +199,9 @@ def _patcher(model: torch.nn.Module) -> Any:
 
 
 def _patches(adapter: Adapter, llm: LoadedLLM) -> dict[str, Any]:
-    """The adapter as ComfyUI's LoRA patches; a whole matrix is its difference from the one that is there.
+    """The adapter as ComfyUI's LoRA patches; for a whole matrix, its difference from the LLM's own.
 
-    New voken rows are a LoRA too: a one-hot column for each row, times its difference from the row that is there.
+    New voken rows are a LoRA too: a one-hot column for each row, times its difference from the LLM's own row.
     """
     import comfy.lora
 
@@ -227,7 +230,7 @@ def _add(parts: dict, keys: dict, module: str, down: torch.Tensor, up: torch.Ten
 
 
 def _all_rows(adapter: Adapter, llm: LoadedLLM) -> dict[str, torch.Tensor]:
-    """The rows of each table that holds them: a tied head is a table of its own to ComfyUI's patches."""
+    """The rows for each table that holds them: to ComfyUI's patches a tied head is a table of its own."""
     causal_lm = llm.frozen.causal_lm
     names = {id(module): name for name, module in causal_lm.named_modules()}
     table = names[id(causal_lm.get_input_embeddings())]
@@ -237,7 +240,7 @@ def _all_rows(adapter: Adapter, llm: LoadedLLM) -> dict[str, torch.Tensor]:
 
 
 def _unpatched(llm: LoadedLLM, module: str) -> torch.Tensor:
-    """The weight without any adapter, also while one is laid over it."""
+    """The weight without any adapter, also while ComfyUI has one patched in."""
     key = f"causal_lm.{module}.weight"
     backup = llm.patcher.backup.get(key)
     return backup.weight if backup else llm.frozen.causal_lm.get_submodule(module).weight

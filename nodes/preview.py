@@ -66,12 +66,12 @@ def whole_text(story: StorySoFar) -> str:
 
 
 def show_text(story: StorySoFar, node_id: str | None) -> None:
-    """The story's text in the node by ComfyUI's own widget, for a browser in which no JavaScript of ours runs."""
+    """The story's text in the node by ComfyUI's own widget, for a browser that does not run our JavaScript."""
     tell_user(whole_text(story), node_id)
 
 
 def tell_user(text: str, node_id: str | None) -> None:
-    """A text in the node, by ComfyUI's own widget; a node that another expanded into speaks on that one.
+    """A text in the node, by ComfyUI's own widget; for a node that another one expanded into, in that one.
 
     The widget takes HTML and runs what is in it: a story may say `<script>`.
     """

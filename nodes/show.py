@@ -94,8 +94,8 @@ class SaveStory(io.ComfyNode):
 
     @classmethod
     def execute(cls, story: StorySoFar, filename_prefix: str) -> io.NodeOutput:
-        from ..minigpt5_core.pages import write_story
         from ..minigpt5_core.story import Scene, Story
+        from ..minigpt5_core.story.pages import write_story
 
         folder, subfolder = _new_folder(filename_prefix)
         pictures = [as_picture(page.picture) for page in story.pages]
@@ -130,7 +130,7 @@ def _batch(story: StorySoFar) -> Tensor:
 
 
 def _new_folder(prefix: str) -> tuple[Path, str]:
-    """A folder that is not there yet, and its path from the output folder on; ComfyUI refuses ways out of that."""
+    """A folder that does not exist yet, and its path in the output folder; ComfyUI refuses paths that leave it."""
     root = folder_paths.get_output_directory()
     try:
         parent, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)

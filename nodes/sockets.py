@@ -10,9 +10,9 @@ from comfy_api.latest import io
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..minigpt5_core.conditioning.mapper import Mapper
+    from ..minigpt5_core.conditioning.mapper_file import MapperHeader
     from ..minigpt5_core.llm import FrozenLLM
-    from ..minigpt5_core.mapper import Mapper
-    from ..minigpt5_core.weights import MapperHeader
 
 LLM = io.Custom("MINIGPT5_LLM")
 MAPPER = io.Custom("MINIGPT5_MAPPER")
@@ -22,11 +22,11 @@ VOKENS = io.Custom("MINIGPT5_VOKENS")
 
 @dataclass(frozen=True, eq=False)
 class LoadedLLM:
-    """The LLM as ComfyUI manages it: `patcher` holds its weights (and what an adapter lays over them).
+    """The LLM as ComfyUI manages it: `patcher` holds its weights, and the patches of adapters.
 
-    `frozen` reads the same weights; it is to be used only after `load_models_gpu(patchers)`. `beside` hold the LoRA
-    that goes beside weights in 4 bits. `adapters` are the names of those laid over it, and `eyes_for` is the one its
-    image encoder was trained with (empty: the encoder is the LLM's own).
+    `frozen` reads the same weights; use it only after `load_models_gpu(patchers)`. `unmerged_lora` are the patchers of
+    LoRA that cannot be merged into weights in 4 bits. `adapters` are the names of the adapters on it, and
+    `vision_adapter` is the one its image encoder was trained with (empty: the encoder needs none).
     """
 
     patcher: Any
@@ -34,18 +34,18 @@ class LoadedLLM:
     name: str
     weights_hash: str
     adapters: tuple[str, ...] = ()
-    eyes_for: str = ""
-    beside: tuple[Any, ...] = ()
+    vision_adapter: str = ""
+    unmerged_lora: tuple[Any, ...] = ()
 
     @property
     def patchers(self) -> list[Any]:
-        """All that ComfyUI is to load before a turn."""
-        return [self.patcher, *self.beside]
+        """All that ComfyUI has to load before a turn."""
+        return [self.patcher, *self.unmerged_lora]
 
     @property
-    def sees(self) -> bool:
-        """Whether it is shown pictures: the storybook's eyes speak to the storybook's adapter only."""
-        return self.frozen.sees and (not self.eyes_for or self.eyes_for in self.adapters)
+    def has_vision(self) -> bool:
+        """Whether it is shown pictures: the storybook's image encoder works with the storybook's adapter only."""
+        return self.frozen.has_vision and (not self.vision_adapter or self.vision_adapter in self.adapters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,9 @@ class LoadedMapper:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """One scene: what was asked for, what was told, and the picture (H, W, 3) in [0, 1], if there is one.
+    """One scene: what was requested, its text, and the picture (H, W, 3) in [0, 1], if there is one.
 
-    `told` by an LLM, whose vokens stand in front of the picture; else the page is the user's own.
+    `told`: an LLM told it, and its vokens come before the picture; else the page is the user's own.
     """
 
     request: str

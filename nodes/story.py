@@ -120,8 +120,8 @@ class LoadStory(io.ComfyNode):
 
     @classmethod
     def execute(cls, story_name: str) -> io.NodeOutput:
-        from ..minigpt5_core.pages import read_pictures
         from ..minigpt5_core.story import load_story
+        from ..minigpt5_core.story.pages import read_pictures
         from ..minigpt5_core.vision import picture_tensor
 
         folder = _find_story(story_name)

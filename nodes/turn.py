@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..minigpt5_core.generate import Sampling
-    from ..minigpt5_core.presets import Preset
-    from ..minigpt5_core.prompts import Turn
+    from ..minigpt5_core.story.presets import Preset
+    from ..minigpt5_core.story.prompts import Turn
 
 log = logging.getLogger("minigpt5")
 
@@ -28,7 +28,7 @@ SEEDS = 0xFFFFFFFFFFFFFFFF
 
 
 def sampling_inputs() -> list[io.Input]:
-    """How tokens are drawn; the same widgets in Story Turn and Interleaver."""
+    """How tokens are sampled; the same widgets in Story Turn and Interleaver."""
     return [
         io.Float.Input(
             "temperature",
@@ -55,7 +55,7 @@ def sampling_inputs() -> list[io.Input]:
 
 
 def preset_input() -> io.Input:
-    """How the LLM is addressed; the same widget in Story Turn and Interleaver, appended to those they began with."""
+    """How the story is worded for the LLM; the same widget in Story Turn and Interleaver, behind the older ones."""
     return io.Combo.Input(
         "preset",
         optional=True,
@@ -141,7 +141,7 @@ class StoryTurn(io.ComfyNode):
         import torch
 
         from ..minigpt5_core.generate import Sampling, generate
-        from ..minigpt5_core.prompts import fit_prompt
+        from ..minigpt5_core.story.prompts import fit_prompt
 
         widgets = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
         way = _preset(preset, widgets, pictures, max_pictures)
@@ -150,7 +150,9 @@ class StoryTurn(io.ComfyNode):
         if folders.STORYBOOK_ADAPTER in llm.adapters:
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = way.sampling.max_new_tokens + max_pictures * len(frozen.voken_ids)
-        if llm.sees:  # looking takes the weights; how long the prompt is shows only afterwards
+        if (
+            llm.has_vision
+        ):  # encoding pictures takes the weights, and the length of the prompt is known only afterwards
             management.load_models_gpu(llm.patchers, force_full_load=True)
         turns = [*_turns(llm, story, way), _open_turn(request)]
         fitted = fit_prompt(frozen, turns, room, way.wording_for(frozen))
@@ -171,9 +173,9 @@ class StoryTurn(io.ComfyNode):
 
 
 def _preset(name: str, widgets: Sampling, pictures: str, max_pictures: int) -> Preset:
-    """The preset, or the widgets; when pictures come is always the node's own affair."""
-    from ..minigpt5_core.presets import PRESETS as presets
-    from ..minigpt5_core.presets import Preset
+    """The preset, or one of the widgets' values; when pictures come is always up to the node's own widgets."""
+    from ..minigpt5_core.story.presets import PRESETS as presets
+    from ..minigpt5_core.story.presets import Preset
 
     chosen = Preset(widgets) if name == "off" else presets[name]
     sampling = replace(chosen.sampling, pictures=pictures, max_pictures=max_pictures)
@@ -182,7 +184,7 @@ def _preset(name: str, widgets: Sampling, pictures: str, max_pictures: int) -> P
 
 def _request(story: StorySoFar, instruction: str) -> str:
     """What the LLM is asked: the opening for the first page, then the instruction or what happens next."""
-    from ..minigpt5_core.prompts import NEXT
+    from ..minigpt5_core.story.prompts import NEXT
 
     instruction = instruction.strip()
     if story.pages:
@@ -192,7 +194,7 @@ def _request(story: StorySoFar, instruction: str) -> str:
 
 def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
     """Names the words outside the storybook's world, in the log and on the node."""
-    from ..minigpt5_core.storybook import unknown_words
+    from ..minigpt5_core.story.storybook import unknown_words
 
     if words := unknown_words(request):
         message = (
@@ -203,29 +205,31 @@ def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
 
 
 def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset) -> list[Turn]:
-    """The pages as the LLM reads them; a page that nobody asked for follows the opening, or asks what happens next.
+    """The pages as the LLM reads them. The request of a page without one is the opening, or what happens next.
 
-    An LLM that sees is shown every picture; a voken block stands for those it asked for, and for all if it is blind.
+    An LLM with vision is shown every picture. A voken block stands for the pictures that an LLM asked for; to an LLM
+    without vision, for all of them.
     """
-    from ..minigpt5_core.prompts import LOOK, NEXT, Turn
+    from ..minigpt5_core.story.prompts import LOOK, NEXT, Turn
 
     turns = []
     for index, page in enumerate(story.pages):
-        shown = way.see(llm.frozen, page.picture) if llm.sees and page.picture is not None else None
-        block = page.picture is not None and (page.told or shown is None)
+        looks = llm.has_vision and page.picture is not None
+        image_tokens = way.see(llm.frozen, page.picture) if looks else None
+        block = page.picture is not None and (page.told or image_tokens is None)
         request = page.request or (NEXT if index else story.prompt or LOOK)
-        turns.append(Turn(request, page.text, block, shown))
+        turns.append(Turn(request, page.text, block, image_tokens))
     return turns
 
 
 def _open_turn(request: str) -> Turn:
-    from ..minigpt5_core.prompts import Turn
+    from ..minigpt5_core.story.prompts import Turn
 
     return Turn(request)
 
 
 def _progress(total: int) -> Callable[[int], bool]:
-    """Ticks ComfyUI's bar for every token; the tick raises when the user has pressed Cancel."""
+    """Advances ComfyUI's progress bar at every token, which raises when the user has pressed Cancel."""
     import comfy.utils
 
     bar = comfy.utils.ProgressBar(total)
@@ -238,7 +242,7 @@ def _progress(total: int) -> Callable[[int], bool]:
 
 
 def _cache_bytes(llm: LoadedLLM, positions: int) -> int:
-    """What the keys and values of so many positions take, so that ComfyUI makes room for them."""
+    """Bytes that the keys and values of so many positions take, so that ComfyUI frees as much."""
     config = llm.frozen.causal_lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

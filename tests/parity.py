@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from minigpt5_core.conditioning.mapper import Mapper
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, embed_prompt, generate
-from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
-from minigpt5_core.losses import IGNORED, LossWeights, caption_loss, compute_snr, diffusion_loss, text_loss
-from minigpt5_core.mapper import Mapper
-from minigpt5_core.published import our_name, published_labels
-from minigpt5_core.vokens import IMAGE_HERE, gather_voken_states
-from minigpt5_core.weights import load_mapper
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_vision
+from minigpt5_core.losses import IGNORED, caption_loss, compute_snr, diffusion_loss, voken_loss
+from minigpt5_core.published import our_name
+from minigpt5_core.vokens import IMAGE_HERE, block_starts, gather_voken_states
 
 TOLERANCE = 1e-4  # absolute, for values; ids and labels must be equal
 NEW_TOKENS = 40
@@ -85,7 +85,7 @@ def load_stage(folder: Path, converted: Path) -> Stage:
         expected = {name: opened.get_tensor(name) for name in names if not name.startswith("in.input_images")}
     sizes = json.loads(header["sizes"])
     convert(folder, converted, sizes)
-    llm = load_sight(load_llm(converted / "llm", sizes["vokens"]), converted / "llm")
+    llm = load_vision(load_llm(converted / "llm", sizes["vokens"]), converted / "llm")
     llm = load_adapter(llm, converted / "minigpt5" / "adapter")
     mapper, _ = load_mapper(converted / "minigpt5" / "mapper.safetensors")
     return Stage(folder, converted, expected, json.loads(header["samples"]), sizes, llm, mapper)
@@ -140,12 +140,33 @@ def compute_training(stage: Stage) -> dict[str, Tensor]:
         "out.fc": stage.mapper.fc(states),
         "out.mapping": stage.mapper(states).tokens,
     }
-    values["out.text_loss"] = text_loss(stage.llm.logits(hidden), labels)
+    values["out.text_loss"] = voken_loss(stage.llm.logits(hidden)[:, :-1], labels[:, 1:])
     values |= compute_image_loss(stage, values["out.mapping"], rows)
     if all(sample["caption"] is not None for sample in stage.samples):
         values["out.caption_loss"] = caption_loss(values["out.mapping"], encode_captions(stage)[rows])
-    losses = [values.get(f"out.{part}_loss") for part in ("text", "image", "caption")]
-    return values | {"out.loss": LossWeights().total(*losses)}
+    return values | {"out.loss": total_loss(values)}
+
+
+def total_loss(values: dict[str, Tensor]) -> Tensor:
+    """The sum of the losses that are there, each times the weight that a stage's recipe gives it by default."""
+    from trainer.training.config import LossConfig
+
+    own = LossConfig()
+    weights = {"text": own.text_weight, "image": own.image_weight, "caption": own.caption_weight}
+    losses = {name: values.get(f"out.{name}_loss") for name in weights}
+    return torch.stack([weights[name] * loss for name, loss in losses.items() if loss is not None]).sum()
+
+
+def published_labels(source: list[int], target: list[int], voken_ids: list[int]) -> list[int]:
+    """Labels of one training row: the target without the inner vokens of its first block.
+
+    [IMG0] and, by a slip that belongs to the checkpoints, the last voken stay supervised.
+    """
+    labels = list(target)
+    for start in block_starts(target, voken_ids)[:1]:
+        inner = len(voken_ids) - 2
+        labels[start + 1 : start + 1 + inner] = [IGNORED] * inner
+    return [IGNORED] * len(source) + labels
 
 
 def run_llm(stage: Stage) -> tuple[Tensor, Tensor]:

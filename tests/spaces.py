@@ -36,7 +36,7 @@ class Table:
         return next((word for outcome, word in words.items() if outcome in found), "-")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        from minigpt5_core.conditioning import SPACES  # pytest has put the root on the path
+        from minigpt5_core.conditioning import SPACES
 
         lines = [f"| space | {' | '.join(CHECKS)} |", f"|{' --- |' * (len(CHECKS) + 1)}"]
         for space in SPACES.values():

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.mapper import Mapper
 from trainer import cli
 from trainer.common.recipe import flat_keys
 from trainer.data.source import DataSource, Features, OpenSource

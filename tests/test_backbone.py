@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from minigpt5_core import conditioning
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import diffusion_loss
-from minigpt5_core.weights import load_mapper
 from tests.stages import train_align, train_finetune, values_of
 from tests.toy_diffusion import SPACES, XL_POOLED, XL_WIDTHS, save
 from trainer.cli import main

@@ -13,8 +13,8 @@ from PIL import Image
 
 from minigpt5_core.cli import main
 from minigpt5_core.errors import BadInputError, CancelledError
-from minigpt5_core.presets import PRESETS
 from minigpt5_core.story import Story, load_story
+from minigpt5_core.story.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 PROMPT = """Mia's friend said: "Don't pay $5!" """

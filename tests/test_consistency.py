@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minigpt5_core.pipeline import load_diffusion
+from minigpt5_core.diffusion import load_diffusion
 from trainer.storybook.benchmark.reference_attention import looking_at
 
 

@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 
 from minigpt5_core.generate import Prompt, Sampling, generate
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.story.prompts import Turn, chat_text
 from trainer.llm.adapters import trainable, with_voken_rows
 from trainer.llm.prefill_cache import PrefillCache, block_states, caption_ids
 from trainer.storybook.world.source import caption_passage, story_passage

@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from minigpt5_core.adapter import read_adapter
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import load_adapter, load_llm, load_sight
-from minigpt5_core.prompts import NEXT, Turn
+from minigpt5_core.llm import load_adapter, load_llm, load_vision
+from minigpt5_core.llm.adapter import read_adapter
+from minigpt5_core.llm.weights import hash_weights
 from minigpt5_core.published import PublishedTokenizer
-from minigpt5_core.published_prompts import CC3M, DIALOGUE_SYSTEM, MMDIALOG, STORY_SYSTEM, VIST
 from minigpt5_core.story import load_story
-from minigpt5_core.weights import hash_weights, load_mapper
+from minigpt5_core.story.prompts import NEXT, Turn
+from minigpt5_core.story.published_prompts import CC3M, DIALOGUE_SYSTEM, MMDIALOG, STORY_SYSTEM, VIST
 from tests import published_files as files
 from trainer.cli import main
 from trainer.convert import minigpt5
@@ -134,7 +135,7 @@ def test_new_rows_of_the_llm_are_the_mean_of_its_own(published, converted):
 
 
 def test_every_size_of_the_vision_path_is_read_off_the_files(converted):
-    encoder = load_sight(load_llm(converted / "llm"), converted / "llm").image_encoder
+    encoder = load_vision(load_llm(converted / "llm"), converted / "llm").image_encoder
     config = encoder.config
     assert (config.size, config.patch, config.queries, config.cross_every) == (28, 7, 6, 2)
     assert (config.vision_layers, config.vision_width, config.vision_hidden) == (3, 20, 44)
@@ -378,8 +379,8 @@ def test_an_adapter_of_whole_matrices_does_not_fit_an_llm_with_one_for_both(conv
 
 
 TURNS = [
-    Turn("Mia the fox.", "", shown=torch.zeros(6, SIZES.llm_width)),
-    Turn(NEXT, "She sees snow!", shown=torch.ones(6, SIZES.llm_width)),
+    Turn("Mia the fox.", "", image_tokens=torch.zeros(6, SIZES.llm_width)),
+    Turn(NEXT, "She sees snow!", image_tokens=torch.ones(6, SIZES.llm_width)),
     Turn("What should happen then?"),
 ]
 ASKED = {
@@ -433,7 +434,7 @@ def test_the_node_lays_the_whole_matrices_over_the_llm(pack, host, converted):
     shutil.copytree(converted / "llm", models / "LLM" / "vicuna")
     (llm,) = pack.run("MiniGPT5LoadLLM", llm_name="vicuna", dtype="float32").args
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="two").args
-    assert llm.sees and adapted.frozen.bos_id == 1 and llm.frozen.bos_id is None
+    assert llm.has_vision and adapted.frozen.bos_id == 1 and llm.frozen.bos_id is None
     merged = load_adapter(load_llm(converted / "llm"), converted / "two" / "adapter").causal_lm.state_dict()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         [(strength, patch, *_)] = adapted.patcher.patches[f"causal_lm.{name}"]

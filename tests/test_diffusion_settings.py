@@ -12,9 +12,10 @@ from torch.nn.functional import cosine_similarity
 
 from minigpt5_core import conditioning
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+from minigpt5_core.diffusion import load_diffusion
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import build_mapper, compact_config
-from minigpt5_core.pipeline import StoryTeller, load_diffusion
+from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story import Story
 from tests.stages import train_align
 from tests.toy_diffusion import SPACES, save

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.prompts import Turn
+from minigpt5_core.story.prompts import Turn
 from trainer.cli import main
 from trainer.common.recipe import load_recipe
 from trainer.data.formats import read

@@ -20,14 +20,14 @@ from transformers import BitsAndBytesConfig
 
 from minigpt5_core import versions
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.families import FAMILIES, OLDEST, SINCE
-from minigpt5_core.families.base import Family, features, placed, stack_positions
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
-from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_sight
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm, load_vision
+from minigpt5_core.llm.families import FAMILIES, OLDEST, SINCE
+from minigpt5_core.llm.families.base import Family, features, placed, stack_positions
 from minigpt5_core.pipeline import Parts, load
-from minigpt5_core.presets import Preset
-from minigpt5_core.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.story import Story
+from minigpt5_core.story.presets import Preset
+from minigpt5_core.story.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.versions import has_transformers
 from minigpt5_core.vokens import gather_voken_states
 from tests.family_toys import SIDE, TOYS
@@ -109,7 +109,12 @@ def picture(seed: int, height: int = SIDE, width: int = SIDE) -> torch.Tensor:
 def turns_with(llm, *seeds: int, open_end: bool = True) -> list[Turn]:
     """A story whose scenes show these pictures."""
     told = [
-        Turn(f"Scene {seed}?", f"Mia{'a' * seed} wakes.", picture=seed % 2 == 0, shown=llm.see(picture(seed)))
+        Turn(
+            f"Scene {seed}?",
+            f"Mia{'a' * seed} wakes.",
+            picture=seed % 2 == 0,
+            image_tokens=llm.see(picture(seed)),
+        )
         for seed in seeds
     ]
     return [*told, Turn("And then?")] if open_end else told
@@ -194,7 +199,7 @@ def test_cached_turns_are_the_librarys_own_choices(kind, llm):
             assert token == int(logits.argmax())
             ids.append(token)
         seeds.append(seed)
-        turns.append(Turn("And then?", cached.text, picture=True, shown=llm.see(picture(seed))))
+        turns.append(Turn("And then?", cached.text, picture=True, image_tokens=llm.see(picture(seed))))
 
 
 @check("a batch of one equals a batch of many")
@@ -268,7 +273,7 @@ def test_both_stages_train_voken_rows_and_the_decoders_lora_alone(kind, folder, 
     assert len(lora) == 2 * 2 * 2 and all(name.startswith(f"{decoder}.layers.") for name in lora)
     moved = dict(trained.causal_lm.named_parameters())
     assert all(moved[name].abs().sum() > 0 for name in lora if "lora_B" in name)
-    if not trained.sees:
+    if not trained.has_vision:
         return
     looked = trained.family.vision(trained.causal_lm).state_dict()
     eyes = fresh.family.vision(fresh.causal_lm).state_dict()
@@ -297,7 +302,7 @@ def test_a_story_is_told_and_what_was_drawn_is_shown(kind, folder, stages, tiny_
     story = Story("Mia the fox.", seed=1)
     scenes = list(teller.tell(story, scenes=2, steps=1, preset=Preset(Sampling(max_new_tokens=6))))
     assert all(scene.picture is not None for scene in scenes)
-    assert len(teller.llm.seen) == (2 if teller.llm.sees else 0)
+    assert len(teller.llm.seen) == (2 if teller.llm.has_vision else 0)
 
 
 @pytest.mark.slow
@@ -349,7 +354,7 @@ def test_a_node_loads_it_and_shows_it_a_picture(kind, folder, pack, tmp_path):
 
 
 def test_what_is_kept_of_pictures_goes_by_the_vision_tower_alone(kind, llm):
-    if not llm.sees:
+    if not llm.has_vision:
         pytest.skip("a text-only LLM")
     parts = llm.family.vision(llm.causal_lm)
     own = {id(weight) for weight in parts.parameters()}
@@ -360,7 +365,7 @@ def test_what_is_kept_of_pictures_goes_by_the_vision_tower_alone(kind, llm):
 
 
 def test_what_transformers_4_answers_with_is_read_alike(kind, folder, llm, monkeypatch):
-    if not llm.sees:
+    if not llm.has_vision:
         pytest.skip("a text-only LLM")
     if not has_transformers("5"):
         pytest.skip("the installed transformers is a 4 itself")
@@ -382,7 +387,7 @@ def test_positions_of_an_oblong_picture_are_the_librarys(kind, llm, height, widt
     if llm.family.axes == 1:
         pytest.skip("plain positions")
     story = chat_prompt(
-        llm, [Turn("?", "Mia.", shown=llm.see(picture(1, height, width))), *turns_with(llm, 2)]
+        llm, [Turn("?", "Mia.", image_tokens=llm.see(picture(1, height, width))), *turns_with(llm, 2)]
     )
     image = llm.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     ids = torch.tensor([[image if token == llm.picture_id else token for token in story.spread]])
@@ -483,8 +488,8 @@ def test_a_folder_that_does_not_say_how_to_scale_pictures_is_refused(kind, folde
 
 
 def test_a_family_that_sees_takes_no_image_adapter(kind, folder, llm, tmp_path):
-    if not llm.sees:
+    if not llm.has_vision:
         pytest.skip("a text-only LLM")
-    assert load_sight(llm, folder).image_encoder is None
+    assert load_vision(llm, folder).image_encoder is None
     with pytest.raises(BadInputError, match="sees by itself. Leave the image adapter"):
-        load_sight(llm, folder, chosen=tmp_path / "image_adapter.safetensors")
+        load_vision(llm, folder, chosen=tmp_path / "image_adapter.safetensors")

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from minigpt5_core.diffusion import load_diffusion
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.pipeline import load_diffusion
 from minigpt5_core.vision import (
     ImageAdapterHeader,
     ImageEncoder,

@@ -1,7 +1,7 @@
 import torch
 
 from minigpt5_core.generate import Prompt, Sampling, generate
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.story.prompts import Turn, chat_text
 from trainer.llm.sequences import story_losses, story_sequence
 from trainer.stages.finetune import FinetuneModel, with_lora
 

@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt5_core import conditioning
+from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+from minigpt5_core.conditioning.mapper_file import load_mapper
+from minigpt5_core.diffusion import load_diffusion, prompt_arguments, space_of
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import flow_loss
-from minigpt5_core.mapper import build_mapper, compact_config
-from minigpt5_core.pipeline import StoryTeller, load_diffusion, prompt_arguments, space_of
+from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story import Story
-from minigpt5_core.weights import load_mapper
 from tests import toy_diffusion
 from tests.stages import train_align, train_finetune, values_of
 from tests.toy_diffusion import WIDTH, save

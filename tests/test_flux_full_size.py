@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from minigpt5_core.conditioning import SPACES
-from minigpt5_core.mapper import build_mapper, compact_config
+from minigpt5_core.conditioning.mapper import build_mapper, compact_config
 
 pytestmark = pytest.mark.slow
 RECIPE = Path(__file__).parents[1] / "trainer" / "recipes" / "own_stories_flux.toml"

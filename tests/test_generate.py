@@ -4,7 +4,7 @@ import torch
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.story.prompts import Turn, chat_text
 
 TEXT_ONLY = Sampling(temperature=1.0, max_new_tokens=12, pictures="none")
 

@@ -9,15 +9,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from minigpt5_core import gguf_files
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, generate
-from minigpt5_core.llm import load_llm
-from minigpt5_core.llm_files import default_llm, find_gguf
-from minigpt5_core.precision import holding
-from minigpt5_core.prompts import Turn, chat_text, fit_prompt
+from minigpt5_core.llm import gguf_files, load_llm
+from minigpt5_core.llm.files import default_llm, find_gguf
+from minigpt5_core.llm.precision import dtype_and_quantization
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.prompts import Turn, chat_text, fit_prompt
 from minigpt5_core.versions import has_transformers
-from minigpt5_core.weights import hash_weights
 
 pytestmark = pytest.mark.skipif(
     not has_transformers(gguf_files.OLDEST), reason="GGUF files need a newer transformers"
@@ -240,7 +239,7 @@ def test_the_missing_package_is_named(toy, monkeypatch):
 def test_4_bits_of_a_gguf_file_are_refused(toy):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(BadInputError, match="toy.gguf is a GGUF file, .* cannot be held in 4 bits"):
-        load_llm(toy, **holding("4bit"))
+        load_llm(toy, **dtype_and_quantization("4bit"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,111 @@ def test_the_reader_of_imports_sees_through_relative_imports(
         "from ... import nodes\nfrom ..config import x\nfrom ...minigpt5_core.a import b\nimport os.path\n"
     )
     assert imported_rooms(path) == {"nodes", "trainer", "minigpt5_core", "os"}
+
+
+# The rooms of the core, each of which imports those before it alone; a file on top is a room of its own.
+CORE_ROOMS = (
+    "errors", "versions", "config", "files", "inside", "rasters", "own_code", "model_index", "reading", "tensor_files",
+    "vokens", "losses", "metrics",
+    "conditioning", "vision", "llm", "generate", "story", "diffusion", "pipeline", "published", "cli", "__main__",
+)  # fmt: skip
+CORE_FILES = [
+    path
+    for path in sorted((ROOT / "minigpt5_core").rglob("*.py"))
+    if path != ROOT / "minigpt5_core" / "__init__.py" and "old_paths" not in path.parts
+]
+
+
+def imports_at_run_time(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """All imports from a module, less those that are for the type checker alone."""
+    if isinstance(tree, ast.ImportFrom):
+        yield tree
+    elif not (isinstance(tree, ast.If) and ast.unparse(tree.test) == "TYPE_CHECKING"):
+        for child in ast.iter_child_nodes(tree):
+            yield from imports_at_run_time(child)
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The files that one imports relatively, anywhere in it; a package counts as its __init__.py."""
+    found = set()
+    for node in imports_at_run_time(ast.parse(path.read_text(encoding="utf-8"))):
+        if node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            for place in (base, *(base / alias.name for alias in node.names)):
+                found |= {one for one in (place.with_suffix(".py"), place / "__init__.py") if one.is_file()}
+    return found - {path}
+
+
+def room_of(path: Path, package: str) -> str:
+    """The folder or file right inside the package."""
+    return path.relative_to(ROOT / package).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_import_of_the_core_runs_back_up(path: Path) -> None:
+    own = CORE_ROOMS.index(room_of(path, "minigpt5_core"))
+    files = imported_files(path) - {ROOT / "minigpt5_core" / "__init__.py"}
+    found = {room_of(file, "minigpt5_core") for file in files}
+    assert all(CORE_ROOMS.index(room) <= own for room in found), found
+
+
+def test_the_files_of_the_core_import_each_other_in_no_circle() -> None:
+    assert list(TopologicalSorter({path: imported_files(path) for path in CORE_FILES}).static_order())
+
+
+def test_every_file_of_the_core_is_in_a_package_that_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "minigpt5_core").rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(project["tool"]["setuptools"]["packages"])
+
+
+def test_the_reader_of_files_leaves_out_what_is_for_the_type_checker_alone(tmp_path: Path) -> None:
+    for name in ("a.py", "b.py", "room/__init__.py", "room/c.py", "room/d.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "room" / "d.py").write_text(
+        "from typing import TYPE_CHECKING\nfrom . import c\nif TYPE_CHECKING:\n    from ..a import x\n"
+        "def f():\n    from ..b import y\n"
+    )
+    found = {path.relative_to(tmp_path).as_posix() for path in imported_files(tmp_path / "room" / "d.py")}
+    assert found == {"room/__init__.py", "room/c.py", "b.py"}
+
+
+# The rooms of the trainer, in the same order; the storybook is a guest, with rooms of its own.
+TRAINER_ROOMS = (
+    "common", "convert", "metrics", "ab", "data", "diffusion", "llm", "feature_cache", "training", "evaluation",
+    "stages", "storybook/world", "storybook/models", "storybook/benchmark", "cli", "__main__",
+)  # fmt: skip
+TRAINER_FILES = [
+    path
+    for path in sorted((ROOT / "trainer").rglob("*.py"))
+    if path.name != "__init__.py" or path.stat().st_size
+]
+
+
+def trainer_room(path: Path) -> str:
+    """The folder right inside the trainer, or inside its storybook."""
+    room = room_of(path, "trainer")
+    return room if room != "storybook" else f"storybook/{room_of(path, 'trainer/storybook')}"
+
+
+@pytest.mark.parametrize("path", TRAINER_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_import_of_the_trainer_runs_back_up(path: Path) -> None:
+    own = TRAINER_ROOMS.index(trainer_room(path))
+    found = {trainer_room(file) for file in imported_files(path) - TITLES}
+    assert all(TRAINER_ROOMS.index(room) <= own for room in found), found
+
+
+def test_the_files_of_the_trainer_import_each_other_in_no_circle() -> None:
+    graph = {path: imported_files(path) - {path.with_name("__init__.py")} for path in TRAINER_FILES}
+    assert list(TopologicalSorter(graph).static_order())
+
+
+def test_nothing_but_the_command_line_knows_the_storybook() -> None:
+    guest = ROOT / "trainer" / "storybook"
+    general = [path for path in TRAINER_FILES if guest not in path.parents and path.name != "cli.py"]
+    assert [path for path in general if any(guest in file.parents for file in imported_files(path))] == []
+    assert [path for path in general if "trainer.storybook" in path.read_text(encoding="utf-8")] == []
 
 
 # What the packages of pyproject.toml's `dependencies` bring along under names of their own.

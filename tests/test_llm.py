@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, add_vokens, load_adapter, load_llm
+from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def tokens_config(llm: FrozenLLM) -> TrainableTokensConfig:

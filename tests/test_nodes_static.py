@@ -15,7 +15,7 @@ NODES = sorted((ROOT / "nodes").rglob("*.py"))
 SHIPPED = [ROOT / "__init__.py", *NODES, *sorted(CORE.rglob("*.py"))]
 TRAINERS = {"diffusers", "peft", "accelerate"}
 # The core's files that need a trainer's library, at the top or inside a function: for Python and the shell alone.
-NOT_FOR_NODES = {"cli.py": {"diffusers"}, "pipeline.py": {"diffusers"}}
+NOT_FOR_NODES = {name: {"diffusers"} for name in ("cli.py", "diffusion.py", "pipeline.py")}
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "breakpoint", "input",
     "os.system", "os.popen", "os.execv", "os.spawnl", "os.startfile", "os.fork",
@@ -83,25 +83,33 @@ def without_encoding(tree: ast.AST) -> list[int]:
     return lines
 
 
-def core_files_of(tree: ast.AST, package: str = "") -> set[str]:
-    """Files of the core that one of its own imports; or one of the nodes, for which the core is a `package`."""
+def core_files_of(tree: ast.AST, package: tuple[str, ...]) -> set[str]:
+    """Files of the core that a file of `package`, such as ("minigpt5_core", "llm"), imports by relative imports."""
     found = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.ImportFrom) or node.level != (2 if package else 1):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
-        path = f".{node.module or ''}".removeprefix(f".{package}").strip(".")
-        names = [path.split(".")[0]] if path else [alias.name for alias in node.names]
-        found |= {f"{name}.py" for name in names if (CORE / f"{name}.py").is_file()}
-    return found
+        base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+        place = "/".join(base).strip("/")
+        for one in (place, *(f"{place}/{alias.name}" for alias in node.names)):
+            found |= {name for name in (f"{one}.py", f"{one}/__init__.py") if (ROOT / name).is_file()}
+    return {name.removeprefix(f"{CORE.name}/") for name in found if name.startswith(f"{CORE.name}/")}
+
+
+def packages_above(name: str) -> set[str]:
+    """The __init__.py files that run before a file of the core does."""
+    return {f"{parent.as_posix()}/__init__.py" for parent in Path(name).parents if parent != Path()}
 
 
 def reached_by_nodes() -> set[str]:
     """All files of the core that a node may come to import, by whatever way."""
     reached: set[str] = set()
-    new = set().union(*(core_files_of(tree_of(path), "minigpt5_core") for path in NODES))
+    new = set().union(*(core_files_of(tree_of(path), ("nodes",)) for path in NODES))
     while new:
+        new |= set().union(*map(packages_above, new))
         reached |= new
-        new = set().union(*(core_files_of(tree_of(CORE / name)) for name in new)) - reached
+        imports = (core_files_of(tree_of(CORE / name), (CORE.name, *Path(name).parts[:-1])) for name in new)
+        new = set().union(*imports) - reached
     return reached
 
 
@@ -130,13 +138,22 @@ def test_a_node_needs_no_trainers_library(path):
 
 
 def test_the_files_of_the_core_that_need_one_are_these():
-    needs = {path.name: imported(tree_of(path)) & TRAINERS for path in CORE.glob("*.py")}
+    needs = {
+        path.relative_to(CORE).as_posix(): imported(tree_of(path)) & TRAINERS for path in CORE.rglob("*.py")
+    }
     assert {name: found for name, found in needs.items() if found} == NOT_FOR_NODES
 
 
 def test_no_node_comes_to_import_one_of_them():
     reached = reached_by_nodes()
-    assert {"generate.py", "mapper.py", "pages.py", "adapter.py"} <= reached  # the search finds its way
+    wanted = {
+        "generate/decode.py",
+        "conditioning/mapper.py",
+        "story/pages.py",
+        "llm/adapter.py",
+        "llm/__init__.py",
+    }
+    assert wanted <= reached  # the search finds its way
     assert not reached & set(NOT_FOR_NODES)
 
 
@@ -174,9 +191,10 @@ def test_text_without_its_encoding_is_seen(code, lines):
 
 
 def test_ways_into_the_core_are_seen():
-    code = "from ..minigpt5_core.llm import a\nfrom ..minigpt5_core import mapper\nfrom .story import Story\n"
-    assert core_files_of(ast.parse(code), "minigpt5_core") == {"llm.py", "mapper.py"}
-    assert core_files_of(ast.parse("from .story import Story\nfrom . import pages")) == {
-        "story.py",
-        "pages.py",
-    }
+    code = (
+        "from ..minigpt5_core.llm.load import a\nfrom ..minigpt5_core import cli\nfrom .story import Story\n"
+    )
+    assert core_files_of(ast.parse(code), ("nodes",)) == {"__init__.py", "llm/load.py", "cli.py"}
+    code = "from ..story import Story\nfrom . import frozen\nfrom ..errors import a"
+    found = core_files_of(ast.parse(code), ("minigpt5_core", "llm"))
+    assert found == {"story/__init__.py", "llm/__init__.py", "llm/frozen.py", "errors.py"}

@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from minigpt5_core.llm import load_adapter, load_llm
-from minigpt5_core.precision import holding
-from minigpt5_core.prompts import NEXT
+from minigpt5_core.llm.precision import dtype_and_quantization
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.prompts import NEXT
 from minigpt5_core.vision import ImageAdapterHeader, ImageEncoder, ImageEncoderConfig, save_image_adapter
-from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 from trainer.llm.adapters import save_adapter as save_prefix
 from trainer.llm.adapters import with_prefix
 
@@ -54,7 +55,7 @@ def tell(pack, llm):
 @pytest.fixture
 def prompts(pack, monkeypatch):
     """What the LLM was asked, turn by turn: [[(request, text, whether there is a picture), ...], ...]."""
-    module, asked = pack.part("minigpt5_core.prompts"), []
+    module, asked = pack.part("minigpt5_core.story.prompts"), []
     plain = module.fit_prompt
 
     def listen(llm, turns, room, wording):
@@ -183,14 +184,14 @@ def test_an_llm_in_4_bits_is_in_comfyuis_keeping(pack, packed, llm):
     assert pack.nodes["MiniGPT5LoadLLM"].GET_SCHEMA().inputs[1].options[-1] == "4bit"
 
 
-def test_an_adapter_over_4_bits_is_lora_beside_them_and_patches_for_all_else(
+def test_an_adapter_over_4_bits_is_unmerged_lora_and_patches_for_all_else(
     pack, packed, models, tiny_llm_folder
 ):
     save_adapter(models / "loras" / "mine", tiny_llm_folder)
     before = states(packed.frozen)
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=packed, adapter_name="mine").args
     assert set(adapted.patcher.patches) == {"causal_lm.model.embed_tokens.weight", "causal_lm.lm_head.weight"}
-    own = load_adapter(load_llm(tiny_llm_folder, **holding("4bit")), models / "loras" / "mine")
+    own = load_adapter(load_llm(tiny_llm_folder, **dtype_and_quantization("4bit")), models / "loras" / "mine")
     assert torch.equal(states(adapted.frozen), states(own))
     assert not torch.equal(states(own), before)
     assert torch.equal(states(packed.frozen), before)  # the LLM it is laid over stays as it was
@@ -206,17 +207,17 @@ def test_an_adapters_strength_holds_over_4_bits(pack, packed, models, tiny_llm_f
     assert torch.equal(states(none.frozen), states(packed.frozen))
     assert torch.allclose(states(twice.frozen), states(whole.frozen), atol=0.1, rtol=0.1)
     assert not torch.allclose(states(half.frozen), states(whole.frozen), atol=0.1, rtol=0.1)
-    assert len(twice.beside) == 2
+    assert len(twice.unmerged_lora) == 2
 
 
-def test_a_turn_loads_what_is_beside_4_bits_too(pack, host, tell, packed, opening, models, tiny_llm_folder):
+def test_a_turn_loads_unmerged_lora_too(pack, host, tell, packed, opening, models, tiny_llm_folder):
     save_adapter(models / "loras" / "mine", tiny_llm_folder)
     (adapted,) = pack.run("MiniGPT5LoadAdapter", llm=packed, adapter_name="mine").args
     _, _, vokens = tell(opening, llm=adapted)
     assert vokens.states.shape == (1, 8, 32) and vokens.states.isfinite().all()
     (load,) = host("comfy.model_management").loads
-    assert load["models"] == [adapted.patcher, *adapted.beside] and len(adapted.beside) == 1
-    assert set(adapted.beside[0].model.state_dict()) == {
+    assert load["models"] == [adapted.patcher, *adapted.unmerged_lora] and len(adapted.unmerged_lora) == 1
+    assert set(adapted.unmerged_lora[0].model.state_dict()) == {
         "downs.0",
         "downs.1",
         "ups.0",
@@ -226,7 +227,7 @@ def test_a_turn_loads_what_is_beside_4_bits_too(pack, host, tell, packed, openin
 
 def test_a_gguf_file_is_loaded(pack, models, monkeypatch, tiny_llm_folder):
     asked = []
-    core, weights = pack.part("minigpt5_core.llm"), pack.part("minigpt5_core.weights")
+    core, weights = pack.part("minigpt5_core.llm"), pack.part("minigpt5_core.llm.weights")
     plain = core.load_llm
     (models / "LLM" / "small.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(
@@ -356,11 +357,11 @@ def seeing(pack, models, tiny_llm_folder):
 @pytest.fixture
 def shown(pack, monkeypatch):
     """Which pages' pictures each turn was shown, and whether a block stood in front of it."""
-    module, asked = pack.part("minigpt5_core.prompts"), []
+    module, asked = pack.part("minigpt5_core.story.prompts"), []
     plain = module.fit_prompt
 
     def listen(llm, turns, room, wording):
-        asked.append([(turn.picture, turn.shown is not None) for turn in turns])
+        asked.append([(turn.picture, turn.image_tokens is not None) for turn in turns])
         return plain(llm, turns, room, wording)
 
     monkeypatch.setattr(module, "fit_prompt", listen)
@@ -415,7 +416,7 @@ def test_a_preset_takes_the_place_of_the_widgets_above_it(pack, tell, llm, openi
 
 def test_a_scene_that_was_only_drawn_is_told_as_it_was_asked_for(pack, tell, llm, opening, monkeypatch):
     monkeypatch.setattr(llm.frozen.causal_lm.config, "max_position_embeddings", 1024)
-    monkeypatch.setattr(pack.part("minigpt5_core.generate")._Row, "_text", lambda row, ids: "")
+    monkeypatch.setattr(pack.part("minigpt5_core.generate.row").RowState, "_text", lambda row, ids: "")
     story, text, vokens = tell(opening, preset="published_vist")
     assert text == story.pages[0].text == "Mia the fox." and len(vokens.states) == 1
     assert tell(opening)[1] == ""

@@ -7,7 +7,8 @@ from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.pages import (
+from minigpt5_core.story import Scene, Story, load_story
+from minigpt5_core.story.pages import (
     MARGIN,
     PAGE,
     check_target,
@@ -19,7 +20,6 @@ from minigpt5_core.pages import (
     wrap,
     write_story,
 )
-from minigpt5_core.story import Scene, Story, load_story
 
 RED, BLUE = Image.new("RGB", (16, 16), (255, 0, 0)), Image.new("RGB", (16, 16), (0, 0, 255))
 STORY = Story("Mia & <the> fox", 7, (Scene("Mia’s café."), Scene("<b>She</b> waits.\nLong.")))
@@ -59,7 +59,7 @@ def test_an_earlier_story_stays_when_writing_fails(tmp_path: Path, monkeypatch: 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minigpt5_core.pages.draw_strip", full_disk)
+    monkeypatch.setattr("minigpt5_core.story.pages.draw_strip", full_disk)
     with pytest.raises(BadInputError, match="No space left"):
         write_story(tmp_path / "story", Story("New", 0), [])
     assert load_story(tmp_path / "story") == before

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_llm
-from minigpt5_core.precision import holding
+from minigpt5_core.llm.precision import dtype_and_quantization
 from tests.stages import train_align, train_finetune, train_mapper, values_of
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.record_source import RecordSource
@@ -278,7 +278,7 @@ def test_an_llm_held_small_learns_and_is_not_changed(finetune_recipe, tmp_path, 
     kept = [part.weight for name, part in table.named_modules() if name.endswith("q_proj.base_layer")]
     assert {weight.dtype for weight in kept} == {torch.uint8 if "optimizer" in changes else torch.bfloat16}
     held = values_of(recipe, "llm", "diffusion", "llm_precision")
-    fresh = load_llm(Path(held["llm"]), **holding(held["llm_precision"]))
+    fresh = load_llm(Path(held["llm"]), **dtype_and_quantization(held["llm_precision"]))
     before = [part.weight for name, part in fresh.causal_lm.named_modules() if name.endswith("q_proj")]
     assert len(before) == len(kept) and all(torch.equal(*pair) for pair in zip(before, kept, strict=True))
     lines = curve(tmp_path)
@@ -298,7 +298,7 @@ def test_what_is_not_installed_is_named(align_recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or set optimizer=adamw"):
         train_align(change_recipe(align_recipe, optimizer="adamw8bit"), tmp_path)
-    monkeypatch.setattr("minigpt5_core.precision.find_spec", lambda name: None)
+    monkeypatch.setattr("minigpt5_core.llm.precision.find_spec", lambda name: None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or take bf16"):
         train_align(change_recipe(align_recipe, llm_precision="4bit"), tmp_path)
 

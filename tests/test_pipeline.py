@@ -13,21 +13,13 @@ from PIL import ImageChops
 from transformers import CLIPTextConfig
 
 from minigpt5_core.conditioning import SPACES, Space
+from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+from minigpt5_core.conditioning.mapper_file import MapperHeader
+from minigpt5_core.diffusion import check_diffusion, find_diffusion, load_diffusion, space_of
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import build_mapper, compact_config
-from minigpt5_core.pipeline import (
-    Parts,
-    StoryTeller,
-    check_device,
-    check_diffusion,
-    find_diffusion,
-    load,
-    load_diffusion,
-    space_of,
-)
-from minigpt5_core.presets import STORYBOOK
+from minigpt5_core.pipeline import Parts, StoryTeller, check_device, load
 from minigpt5_core.story import Scene, Story
-from minigpt5_core.weights import MapperHeader
+from minigpt5_core.story.presets import STORYBOOK
 
 RECIPES = Path(__file__).parents[1] / "trainer" / "recipes"
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt5_core.adapter import ADAPTER_WEIGHTS, VOKEN_ROWS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate
 from minigpt5_core.llm import load_adapter, load_llm
+from minigpt5_core.llm.adapter import ADAPTER_WEIGHTS, VOKEN_ROWS
 from tests.stages import train_finetune
 from trainer.common.recipe import make_recipe
 from trainer.llm.adapters import save_adapter, with_prefix

@@ -7,13 +7,14 @@ import torch
 
 from minigpt5_core import cli
 from minigpt5_core.conditioning import SPACES
+from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+from minigpt5_core.diffusion import load_diffusion
 from minigpt5_core.generate import Reply
-from minigpt5_core.mapper import build_mapper, compact_config
-from minigpt5_core.pipeline import StoryTeller, load_diffusion
-from minigpt5_core.presets import DEFAULT, PRESETS, STORYBOOK, Preset
-from minigpt5_core.prompts import CHAT, NEXT, Turn
-from minigpt5_core.published_prompts import CC3M, MMDIALOG, VIST
+from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story import Story
+from minigpt5_core.story.presets import DEFAULT, PRESETS, STORYBOOK, Preset
+from minigpt5_core.story.prompts import CHAT, NEXT, Turn
+from minigpt5_core.story.published_prompts import CC3M, MMDIALOG, VIST
 
 
 @pytest.fixture

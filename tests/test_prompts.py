@@ -1,7 +1,7 @@
 import pytest
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.prompts import Turn, chat_text, fit_prompt
+from minigpt5_core.story.prompts import Turn, chat_text, fit_prompt
 
 
 def test_a_chat_story_ends_every_reply_with_its_block(tiny_llm):

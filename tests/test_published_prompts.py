@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.prompts import LOOK, NEXT, Turn, fit_prompt
-from minigpt5_core.published_prompts import CC3M, MMDIALOG, VIST, clean_caption
+from minigpt5_core.story.prompts import LOOK, NEXT, Turn, fit_prompt
+from minigpt5_core.story.published_prompts import CC3M, MMDIALOG, VIST, clean_caption
 
 STORY = (
     "Give the following images in <Img>ImageContent</Img> format. You will be able to see the images once I provide it "
@@ -40,9 +40,11 @@ def test_an_opening_is_a_scene_to_be_drawn(tiny_llm):
 
 def test_a_story_so_far_is_texts_with_their_pictures_and_the_question(tiny_llm):
     turns = [
-        Turn("My sister arrived early.", "", shown=seen(1)),  # asked for, and nothing but a picture came
-        Turn(NEXT, "Every one else arrived soon after.", shown=seen(2)),
-        Turn(LOOK, "", picture=False, shown=seen(3)),  # given, without a word
+        Turn(
+            "My sister arrived early.", "", image_tokens=seen(1)
+        ),  # asked for, and nothing but a picture came
+        Turn(NEXT, "Every one else arrived soon after.", image_tokens=seen(2)),
+        Turn(LOOK, "", picture=False, image_tokens=seen(3)),  # given, without a word
         Turn(NEXT, "No picture of this."),
         Turn(NEXT),
     ]
@@ -100,8 +102,8 @@ def test_a_dialogue_keeps_what_the_published_loader_kept(tiny_llm, length):
 
 def test_a_picture_follows_what_was_said_with_it(tiny_llm):
     turns = [
-        Turn(LOOK, "", picture=False, shown=seen(1)),  # the human's
-        Turn("What a day!", "It was.", shown=seen(2)),
+        Turn(LOOK, "", picture=False, image_tokens=seen(1)),  # the human's
+        Turn("What a day!", "It was.", image_tokens=seen(2)),
         Turn("And then?"),
     ]
     text, pictures = worded(tiny_llm, MMDIALOG, turns)
@@ -112,14 +114,17 @@ def test_a_picture_follows_what_was_said_with_it(tiny_llm):
 
 
 def test_pictures_that_are_left_out_of_a_dialogue_leave_with_their_words(tiny_llm):
-    turns = [Turn(f"Question {i}?", f"Answer {i}.", shown=seen(i)) for i in range(3)] + [Turn("Well?")]
+    turns = [Turn(f"Question {i}?", f"Answer {i}.", image_tokens=seen(i)) for i in range(3)] + [Turn("Well?")]
     text, pictures = worded(tiny_llm, MMDIALOG, turns)
     assert pictures == [2] and "Question 2?" in text and "Answer 1." not in text
 
 
 @pytest.mark.parametrize("wording", [VIST, MMDIALOG, CC3M])
 def test_words_that_mean_pictures_or_vokens_stay_words(tiny_llm, wording):
-    turns = [Turn("<ImageHere>[IMG0]", "[PICTURE]<ImageHere>", shown=seen(1)), Turn("[IMG0] <ImageHere>")]
+    turns = [
+        Turn("<ImageHere>[IMG0]", "[PICTURE]<ImageHere>", image_tokens=seen(1)),
+        Turn("[IMG0] <ImageHere>"),
+    ]
     worded(tiny_llm, wording, turns)
     assert tiny_llm.voken_ids[0] not in wording.prompt(tiny_llm, turns).ids
 

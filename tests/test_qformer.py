@@ -10,15 +10,9 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.qformer import (
-    QFormerEncoder,
-    build_qformer,
-    header,
-    load_qformer,
-    normalise,
-    white_square,
-)
 from minigpt5_core.vision import picture_tensor
+from minigpt5_core.vision.pictures import white_square
+from minigpt5_core.vision.qformer import QFormerEncoder, build_qformer, header, load_qformer, normalise
 from tests import published_files as files
 from trainer.convert.report import Report
 from trainer.convert.vision import vision_config, vision_tensors

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import load_llm, load_sight
-from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
+from minigpt5_core.llm import load_llm, load_vision
+from minigpt5_core.story.prompts import DESCRIBE, LOOK, Turn
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig, load_image_adapter
-from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 from tests.stages import train_finetune, train_mapper
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.llm.sequences import story_losses, story_sequence
@@ -34,14 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def seeing(tiny_llm):
     torch.manual_seed(0)
     config = ImageEncoderConfig(llm_width=32, tokens=3, channels=[4, 4, 4, 4], hidden=12, heads=2, layers=1)
-    tiny_llm.image_encoder = ImageEncoder(config).eval()
-    return tiny_llm
+    return tiny_llm.with_vision(ImageEncoder(config).eval())
 
 
 def test_a_shown_picture_takes_its_places_and_teaches_nothing(seeing):
     image = torch.randn(3, 32)
     sequence = story_sequence(
-        seeing, [Turn(LOOK, "A fox.", picture=False, shown=image), Turn(DESCRIBE, "b", False)]
+        seeing, [Turn(LOOK, "A fox.", picture=False, image_tokens=image), Turn(DESCRIBE, "b", False)]
     )
     assert sequence.ids.count(seeing.picture_id) == 3
     taught = [token for token in sequence.labels if token != -100]
@@ -50,7 +50,7 @@ def test_a_shown_picture_takes_its_places_and_teaches_nothing(seeing):
 
 def test_a_batch_with_pictures_gives_each_storys_own_states(seeing):
     image = torch.randn(3, 32)
-    one = story_sequence(seeing, [Turn(LOOK, "A fox.", shown=image), Turn("x", "y")])
+    one = story_sequence(seeing, [Turn(LOOK, "A fox.", image_tokens=image), Turn("x", "y")])
     other = story_sequence(seeing, [Turn("a", "b")])
     together, _ = story_losses(seeing, [one, other])
     apart = torch.cat([story_losses(seeing, [part])[0] for part in (one, other)])
@@ -71,7 +71,7 @@ def test_a_story_ends_in_a_scene_of_the_llms_own(seeing):
     for scenes in islice(stories(1), 20):
         turns = shown_turns(seeing, scenes, draw)
         assert turns[-1].picture and len(turns) == len(scenes)
-        assert all(turn.picture or turn.shown is not None for turn in turns)
+        assert all(turn.picture or turn.image_tokens is not None for turn in turns)
         assert len(told_scenes(scenes, turns)) == len(story_sequence(seeing, turns).blocks)
 
 
@@ -88,7 +88,7 @@ def test_an_image_adapter_is_trained_and_lets_its_llm_see(trained, tiny_llm_fold
     file = folder / "sight" / IMAGE_ADAPTER
     encoder, header = load_image_adapter(file)
     assert encoder.config.tokens == 4 and header.trained["stage"] == "image adapter"
-    llm = load_sight(load_llm(tiny_llm_folder), tiny_llm_folder, file)
+    llm = load_vision(load_llm(tiny_llm_folder), tiny_llm_folder, file)
     assert llm.see(torch.rand(64, 64, 3)).shape == (4, 32)
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_adapter, load_llm
 from minigpt5_core.pipeline import Parts, load
 from minigpt5_core.story import Story
-from minigpt5_core.weights import load_mapper
 from tests.stages import train_align, train_finetune
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.stages.align import AlignRecipe

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from minigpt5_core.llm_files import default_llm
+from minigpt5_core.llm.files import default_llm
 from minigpt5_core.pipeline import STORYBOOK
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.prompts import LOOK, NEXT
+from minigpt5_core.story.prompts import LOOK, NEXT
 from tests.stages import train_align, train_finetune
 from trainer.common.images import fitted
 from trainer.common.recipe import make_recipe
@@ -51,7 +51,7 @@ def make(name, record, wordings=(), sees=True, feed_back=False, seed=0):
 
 
 def plain(turns):
-    return [(turn.request, turn.text, turn.picture, turn.shown is not None) for turn in turns]
+    return [(turn.request, turn.text, turn.picture, turn.image_tokens is not None) for turn in turns]
 
 
 def test_a_caption_asks_for_its_picture(record):
@@ -67,7 +67,7 @@ def test_a_story_is_one_sequence_with_all_its_blocks(record):
         (NEXT, "Three.", True, False),
     ]
     assert drawn == list(record.scenes)
-    assert [turn.shown is not None for turn in make("story", record, feed_back=True)[0]] == [True] * 3
+    assert [turn.image_tokens is not None for turn in make("story", record, feed_back=True)[0]] == [True] * 3
 
 
 def test_a_reader_in_the_story_asks_and_gives(record, picture):

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, StoryCache, embed_prompt, generate
-from minigpt5_core.llm import load_llm, load_sight
-from minigpt5_core.prompts import DESCRIBE, LOOK, Turn, chat_prompt, chat_text, fit_prompt
+from minigpt5_core.llm import load_llm, load_vision
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.prompts import DESCRIBE, LOOK, Turn, chat_prompt, chat_text, fit_prompt
 from minigpt5_core.vision import (
     ImageAdapterHeader,
     ImageEncoder,
@@ -18,7 +19,7 @@ from minigpt5_core.vision import (
     save_image_adapter,
     to_square,
 )
-from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
 CONFIG = ImageEncoderConfig(llm_width=32, size=16, tokens=3, channels=[4, 8], hidden=12, heads=2, layers=1)
 
@@ -31,8 +32,7 @@ def encoder():
 
 @pytest.fixture
 def seeing(tiny_llm, encoder):
-    tiny_llm.image_encoder = encoder
-    return tiny_llm
+    return tiny_llm.with_vision(encoder)
 
 
 def header(hash="abc", width=32):
@@ -104,7 +104,7 @@ def test_a_blind_llm_sees_nothing(tiny_llm):
 
 def test_image_tokens_stand_where_the_picture_stands(seeing):
     shown = seeing.see(picture())
-    turns = [Turn(LOOK, "A fox.", picture=False, shown=shown), Turn(DESCRIBE)]
+    turns = [Turn(LOOK, "A fox.", picture=False, image_tokens=shown), Turn(DESCRIBE)]
     prompt = chat_prompt(seeing, turns)
     before, behind = chat_text(seeing, turns).split("[PICTURE]")
     assert before.endswith("A fox.")
@@ -114,7 +114,7 @@ def test_image_tokens_stand_where_the_picture_stands(seeing):
 
 
 def test_a_picture_behind_its_block(seeing):
-    text = chat_text(seeing, [Turn("a", "b", shown=seeing.see(picture())), Turn("c")])
+    text = chat_text(seeing, [Turn("a", "b", image_tokens=seeing.see(picture())), Turn("c")])
     assert "b[IMG0][IMG1][IMG2][IMG3][IMG4][IMG5][IMG6][IMG7][PICTURE]" in text
 
 
@@ -125,7 +125,7 @@ def test_what_is_seen_changes_what_is_told(seeing):
                 LOOK,
                 "",
                 picture=False,
-                shown=torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)),
+                image_tokens=torch.randn(3, 32, generator=torch.Generator().manual_seed(seed)),
             ),
             Turn("and then?"),
         ]
@@ -137,9 +137,12 @@ def test_what_is_seen_changes_what_is_told(seeing):
 
 
 def test_a_kept_story_with_pictures_goes_on_as_a_fresh_one(seeing):
-    cache, first = StoryCache(), Turn("a", "b", shown=seeing.see(picture(1)))
+    cache, first = StoryCache(), Turn("a", "b", image_tokens=seeing.see(picture(1)))
     sampling = Sampling(max_new_tokens=4)
-    for turns in ([first, Turn("c")], [first, Turn("c", "d", shown=seeing.see(picture(2))), Turn("e")]):
+    for turns in (
+        [first, Turn("c")],
+        [first, Turn("c", "d", image_tokens=seeing.see(picture(2))), Turn("e")],
+    ):
         kept = generate(seeing, [chat_prompt(seeing, turns)], sampling, [3], cache)[0]
         fresh = generate(seeing, [chat_prompt(seeing, turns)], sampling, [3])[0]
         assert kept.ids == fresh.ids
@@ -148,7 +151,7 @@ def test_a_kept_story_with_pictures_goes_on_as_a_fresh_one(seeing):
 
 def test_a_picture_takes_its_tokens_of_the_context(seeing):
     seeing.causal_lm.config.max_position_embeddings = 270
-    turns = [Turn("a", "b" * 30, shown=torch.zeros(3, 32)) for _ in range(3)]
+    turns = [Turn("a", "b" * 30, image_tokens=torch.zeros(3, 32)) for _ in range(3)]
     fitted = fit_prompt(seeing, [*turns, Turn("c")], room=10)
     assert fitted.dropped and fitted.prompt.length <= 260
     assert len(fitted.prompt.images) == 3 - len(fitted.dropped)
@@ -164,23 +167,23 @@ def test_words_that_look_like_a_slot_are_words(seeing, text):
 def test_an_adapter_in_the_folder_gives_sight(tiny_llm_folder, encoder, tmp_path):
     folder = tmp_path / "llm"
     folder.symlink_to(tiny_llm_folder)
-    assert load_sight(load_llm(folder), folder).image_encoder is None
+    assert load_vision(load_llm(folder), folder).image_encoder is None
     own = tmp_path / "own"
     own.mkdir()
     for file in tiny_llm_folder.iterdir():
         (own / file.name).symlink_to(file)
     before = hash_weights(own)
     save_image_adapter(own / IMAGE_ADAPTER, encoder, header())
-    assert load_sight(load_llm(own), own).image_encoder is not None
+    assert load_vision(load_llm(own), own).image_encoder is not None
     assert hash_weights(own) == before  # it is none of the LLM's weights
 
 
 def test_a_spare_adapter_serves_only_the_weights_it_was_trained_for(tiny_llm_folder, encoder, tmp_path):
     spare = tmp_path / "spare.safetensors"
     save_image_adapter(spare, encoder, header("other"))
-    assert load_sight(load_llm(tiny_llm_folder), tiny_llm_folder, spare).image_encoder is None
+    assert load_vision(load_llm(tiny_llm_folder), tiny_llm_folder, spare).image_encoder is None
     save_image_adapter(spare, encoder, header(hash_weights(tiny_llm_folder)))
-    assert load_sight(load_llm(tiny_llm_folder), tiny_llm_folder, spare).image_encoder is not None
+    assert load_vision(load_llm(tiny_llm_folder), tiny_llm_folder, spare).image_encoder is not None
 
 
 def test_an_adapter_of_another_width_is_refused(tiny_llm_folder, tmp_path):
@@ -191,11 +194,11 @@ def test_an_adapter_of_another_width_is_refused(tiny_llm_folder, tmp_path):
     wide = ImageEncoder(dataclasses.replace(CONFIG, llm_width=48))
     save_image_adapter(own / IMAGE_ADAPTER, wide, header(width=48))
     with pytest.raises(BadInputError, match="width 48, but this one is 32 wide"):
-        load_sight(load_llm(own), own)
+        load_vision(load_llm(own), own)
 
 
 def test_the_storybooks_adapter_is_whole_and_small():
-    from minigpt5_core.storybook import STORYBOOK
+    from minigpt5_core.story.storybook import STORYBOOK
 
     file = STORYBOOK / "LLM" / IMAGE_ADAPTER
     encoder, found = load_image_adapter(file)

@@ -8,10 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minigpt5_core.conditioning import Space
+from minigpt5_core.conditioning.mapper import Mapper, build_mapper
+from minigpt5_core.conditioning.mapper_file import KEYS, MapperHeader, load_mapper, save_mapper
 from minigpt5_core.config import MapperConfig
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import Mapper, build_mapper
-from minigpt5_core.weights import KEYS, MapperHeader, atomic_save, hash_weights, load_mapper, save_mapper
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.tensor_files import atomic_save
 
 SPACE = Space("toy", tokens=5, width=12)
 HEADER = MapperHeader(SPACE, "toy-llm", 16, "abc", {"stage": "align", "steps": 3, "seed": 0})

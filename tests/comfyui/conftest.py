@@ -188,7 +188,7 @@ def make_base(base: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    from minigpt5_core.llm_files import default_llm
+    from minigpt5_core.llm.files import default_llm
 
     default_llm()  # unpacked by this environment: ComfyUI's own need not hold the package
     running = Server(make_base(tmp_path_factory.mktemp("comfyui") / "base"))

@@ -94,7 +94,7 @@ def flow(nodes, given_values):
     And whether other.safetensors, a mapper of another space, was refused for that model.
     """
     from comfy_extras.nodes_flux import FluxGuidance
-    from pack.minigpt5_core.weights import load_mapper
+    from pack.minigpt5_core.conditioning.mapper_file import load_mapper
     from pack.nodes.sockets import LoadedMapper, Vokens
 
     folder = Path(given).parent

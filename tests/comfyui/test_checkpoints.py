@@ -36,7 +36,7 @@ SPACES = {
 )
 def loaded(request, tmp_path_factory):
     """(kind, a server whose models folder holds KIND.safetensors and mappers); the big file goes again."""
-    from minigpt5_core.llm_files import default_llm
+    from minigpt5_core.llm.files import default_llm
 
     kind, folder = request.param, tmp_path_factory.mktemp("checkpoint")
     skip_where_it_does_not_fit(kind, folder)
@@ -83,8 +83,8 @@ def put_models(kind, models, conftest):
 
 def make_mapper(name, path):
     from minigpt5_core.conditioning import SPACES
-    from minigpt5_core.mapper import build_mapper, compact_config
-    from minigpt5_core.weights import MapperHeader, save_mapper
+    from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+    from minigpt5_core.conditioning.mapper_file import MapperHeader, save_mapper
 
     torch.manual_seed(0)
     header = MapperHeader(SPACES[name], "SmolLM2-135M-Instruct", 576, "0" * 64)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minigpt5_core.pipeline import Parts, load
-from minigpt5_core.presets import PRESETS
 from minigpt5_core.story import Story
+from minigpt5_core.story.presets import PRESETS
 from trainer.cli import main
 
 HERE = Path(__file__).parent

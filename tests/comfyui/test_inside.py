@@ -17,7 +17,7 @@ STORYBOOK = PACK / "storybook"
 @pytest.fixture
 def inside(tmp_path, request):
     """Runs a job of inside.py in ComfyUI's Python: inside(job, **tensors) -> tensors."""
-    from minigpt5_core.llm_files import default_llm
+    from minigpt5_core.llm.files import default_llm
 
     default_llm()
     conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).parent / "conftest.py"))
@@ -73,7 +73,7 @@ def test_an_adapter_gives_what_peft_gives_and_leaves_no_trace(inside):
     from peft import PeftModel
 
     from minigpt5_core.llm import load_llm
-    from minigpt5_core.llm_files import default_llm
+    from minigpt5_core.llm.files import default_llm
 
     llm = load_llm(default_llm(), 8)
     ids = torch.tensor([[1, 400, 500, *llm.voken_ids, 2, 30]])
@@ -92,10 +92,10 @@ def test_an_adapter_gives_what_peft_gives_and_leaves_no_trace(inside):
 def test_an_adapter_over_4_bits_gives_what_the_core_gives_and_leaves_no_trace(inside):
     pytest.importorskip("bitsandbytes")
     from minigpt5_core.llm import load_adapter, load_llm
-    from minigpt5_core.llm_files import default_llm
-    from minigpt5_core.precision import holding
+    from minigpt5_core.llm.files import default_llm
+    from minigpt5_core.llm.precision import dtype_and_quantization
 
-    llm = load_llm(default_llm(), 8, **holding("4bit"))
+    llm = load_llm(default_llm(), 8, **dtype_and_quantization("4bit"))
     ids = torch.tensor([[1, 400, 500, *llm.voken_ids, 2, 30]])
     found = inside("packed", ids=ids)
 
@@ -128,8 +128,8 @@ def make_flux():
 
 def save_toy_mapper(space, path):
     from minigpt5_core.conditioning import SPACES
-    from minigpt5_core.mapper import build_mapper, compact_config
-    from minigpt5_core.weights import MapperHeader, save_mapper
+    from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+    from minigpt5_core.conditioning.mapper_file import MapperHeader, save_mapper
 
     mapper = build_mapper(compact_config(SPACES[space], 16)).eval()
     save_mapper(path, mapper, MapperHeader(SPACES[space], "toy", 16, "abc"))

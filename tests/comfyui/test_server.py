@@ -161,8 +161,8 @@ def test_a_mapper_for_another_model_is_refused_before_the_sampler(server, graph,
 
 def make_sd15_mapper(path):
     from minigpt5_core.conditioning import SPACES
-    from minigpt5_core.mapper import build_mapper, compact_config
-    from minigpt5_core.weights import MapperHeader, save_mapper
+    from minigpt5_core.conditioning.mapper import build_mapper, compact_config
+    from minigpt5_core.conditioning.mapper_file import MapperHeader, save_mapper
 
     space = SPACES["sd15"]
     header = MapperHeader(space, "SmolLM2-135M-Instruct", 576, "0" * 64)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, FalconConfig, FalconForCausalLM
 
+from minigpt5_core.diffusion import load_diffusion
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_llm
 from minigpt5_core.own_code import check_folder
-from minigpt5_core.pipeline import load_diffusion
 from trainer.llm.adapters import check_peft
 from trainer.metrics.weights import companion, pretrained
 from trainer.storybook.models.diffusion import StorybookDiffusionRecipe, train_storybook_diffusion

@@ -10,9 +10,9 @@ from PIL import EpsImagePlugin, Image
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.inside import named_file
-from minigpt5_core.pages import read_pictures
 from minigpt5_core.rasters import known_rasters, open_picture
 from minigpt5_core.story import Scene, Story
+from minigpt5_core.story.pages import read_pictures
 from trainer.ab.build import build_study
 from trainer.data.formats import read
 from trainer.data.records import Broken, BrokenPicture, Picture, Record

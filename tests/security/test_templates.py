@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.story.prompts import Turn, chat_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt5_core.conditioning import SPACES
-from minigpt5_core.mapper import build_mapper, reference_config
-from minigpt5_core.qformer import QFormerConfig, QFormerEncoder
+from minigpt5_core.conditioning.mapper import build_mapper, reference_config
+from minigpt5_core.vision.qformer import QFormerConfig, QFormerEncoder
 
 BF16 = 2.0  # bytes a number
 NF4 = 0.5 + 4 / 64  # 4 bits, and bitsandbytes' scale in float32 for every 64

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.files import whole_folder
-from minigpt5_core.llm import reading
 from minigpt5_core.published import PublishedTokenizer
-from minigpt5_core.qformer import QFormerConfig, build_qformer, header
-from minigpt5_core.weights import QFORMER, check_shapes
+from minigpt5_core.reading import reading
+from minigpt5_core.tensor_files import check_shapes
+from minigpt5_core.vision.image_adapter import QFORMER
+from minigpt5_core.vision.qformer import QFormerConfig, build_qformer, header
 
 from .pickles import read_folder, read_tensors
 from .report import Report

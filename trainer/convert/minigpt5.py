@@ -15,7 +15,12 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from minigpt5_core.adapter import (
+from minigpt5_core.conditioning import SPACES, Space
+from minigpt5_core.conditioning.mapper import ReferenceMapper
+from minigpt5_core.conditioning.mapper_file import MapperHeader, save_mapper
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.files import whole_folder
+from minigpt5_core.llm.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BOS_ID,
@@ -24,15 +29,11 @@ from minigpt5_core.adapter import (
     VOKEN_IDS,
     read_adapter,
 )
-from minigpt5_core.conditioning import SPACES, Space
-from minigpt5_core.errors import BadInputError
-from minigpt5_core.files import whole_folder
-from minigpt5_core.llm import reading
-from minigpt5_core.mapper import ReferenceMapper
+from minigpt5_core.llm.weights import hash_weights
 from minigpt5_core.own_code import check_folder, forget_code
 from minigpt5_core.published import PublishedWeights, build_published_mapper, our_name, read_published
+from minigpt5_core.reading import reading
 from minigpt5_core.vokens import voken_strings
-from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
 
 from .pickles import read_tensors
 from .report import Report

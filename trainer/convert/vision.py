@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.qformer import QFormerConfig
+from minigpt5_core.vision.qformer import QFormerConfig
 
 from .pickles import read_folder, read_tensors
 from .report import Report

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.weights import atomic_save
+from minigpt5_core.tensor_files import atomic_save
 
 
 def save_checked(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

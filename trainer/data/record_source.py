@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import NEXT, Turn
+from minigpt5_core.story.prompts import NEXT, Turn
 from minigpt5_core.vision import picture_tensor
 
 from .formats import read
@@ -42,7 +42,7 @@ class RecordSource:
     ) -> None:
         if unknown := set(tasks) - set(TASKS):
             raise BadInputError(f"tasks: unknown {', '.join(sorted(unknown))}. Known: {', '.join(TASKS)}.")
-        if not llm.sees and "understanding" in tasks:
+        if not llm.has_vision and "understanding" in tasks:
             raise BadInputError(
                 "tasks: understanding needs an LLM that sees. Set image_adapter, or leave it out."
             )
@@ -75,7 +75,7 @@ class RecordSource:
             record, own = next(self.records), random.Random(new_seed(rng))
             names = list(self.tasks)
             name = own.choices(names, [self.tasks[name].weight for name in names])[0]
-            see = (lambda picture: picture) if self.llm.sees else (lambda picture: None)
+            see = (lambda picture: picture) if self.llm.has_vision else (lambda picture: None)
             made = TASKS[name](
                 record, Tools(own, self.tasks[name].wordings, see, own.random() < self.shown_share)
             )
@@ -85,7 +85,9 @@ class RecordSource:
 
     def _decode(self, turns: list[Turn], scenes: list[Scene], own: random.Random) -> Example:
         seen = [
-            replace(turn, shown=self._see(turn.shown)) if isinstance(turn.shown, Picture) else turn
+            replace(turn, image_tokens=self._see(turn.image_tokens))
+            if isinstance(turn.image_tokens, Picture)
+            else turn
             for turn in turns
         ]
         return Example(seen, [self._target(scene, new_seed(own)) for scene in scenes])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import Turn
+from minigpt5_core.story.prompts import Turn
 
 from .records import Picture
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minigpt5_core.prompts import LOOK, NEXT, Turn
+from minigpt5_core.story.prompts import LOOK, NEXT, Turn
 
 from .records import Picture, Record, Scene
 
@@ -66,7 +66,7 @@ def story(record: Record, tools: Tools) -> Made | None:
             continue
         request = asked or (NEXT if turns else tools.wording(NEXT))
         shown = tools.see(scene.picture) if scene.picture and tools.feed_back else None
-        turns.append(Turn(request, scene.text, picture=scene.picture is not None, shown=shown))
+        turns.append(Turn(request, scene.text, picture=scene.picture is not None, image_tokens=shown))
         drawn += [scene] if scene.picture else []
         asked = ""
     return (turns, drawn) if drawn else None
@@ -98,7 +98,7 @@ def understanding(record: Record, tools: Tools) -> Made | None:
         return None
     scene = record.scenes[index]
     assert scene.picture is not None
-    looked = Turn(LOOK, "", picture=False, shown=tools.see(scene.picture))
+    looked = Turn(LOOK, "", picture=False, image_tokens=tools.see(scene.picture))
     question = Turn(tools.wording("What happens in this scene?"), scene.text, picture=False)
     return [*_history(record.scenes[:index], tools), looked, question], []
 
@@ -115,7 +115,7 @@ def next_turn(record: Record, tools: Tools) -> Made | None:
     for scene in record.scenes[max(0, index - HISTORY) : index]:
         if scene.speaker == answer.speaker:
             shown = tools.see(scene.picture) if scene.picture else None
-            turns.append(Turn(asked or NEXT, scene.text, picture=False, shown=shown))
+            turns.append(Turn(asked or NEXT, scene.text, picture=False, image_tokens=shown))
             asked = ""
         else:
             turns += _given(Scene("", scene.picture), tools)
@@ -139,7 +139,7 @@ def _given(scene: Scene, tools: Tools) -> list[Turn]:
     shown = tools.see(scene.picture) if scene.picture else None
     if not scene.text and shown is None:
         return []
-    return [Turn(scene.text or LOOK, "", picture=False, shown=shown)]
+    return [Turn(scene.text or LOOK, "", picture=False, image_tokens=shown)]
 
 
 TASKS: dict[str, Callable[[Record, Tools], Made | None]] = {

@@ -1,44 +1,36 @@
 """The frozen text-to-image model as training needs it: its text encoders' answers, and how wrong it is about pictures.
 
-A class a family, found by the folder's diffusers pipeline: SD 1.5 and SD 2.1 (the storybook's model is of this kind),
-SDXL, SD3 and SD3.5, Flux.
+A class a family, named in minigpt5_core's table of diffusion families and found by the folder's diffusers pipeline.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from diffusers import (
-    FluxPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
 
+from minigpt5_core.conditioning.diffusion_families import DIFFUSION_FAMILIES, DiffusionFamily, family_of
+from minigpt5_core.diffusion import load_diffusion
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.pipeline import load_diffusion
 
 from ..data.source import Features
 from .base import FrozenDiffusion
-from .flow import Flux, Sd3
 from .picture_size import check_picture_size
 from .text_targets import TextTargets
-from .unet import Sd, Sdxl
 
 __all__ = [
-    "FAMILIES",
-    "FrozenDiffusion",
     "Features",
+    "FrozenDiffusion",
     "TextTargets",
     "check_picture_size",
     "load_frozen_diffusion",
+    "training_class",
 ]
 
-FAMILIES: dict[type, type[FrozenDiffusion]] = {
-    StableDiffusionPipeline: Sd,
-    StableDiffusionXLPipeline: Sdxl,
-    StableDiffusion3Pipeline: Sd3,
-    FluxPipeline: Flux,
-}
+
+def training_class(family: DiffusionFamily) -> type[FrozenDiffusion]:
+    """The class of this package that trains mappers for a family."""
+    module, name = family.training.split(".")
+    return getattr(import_module(f".{module}", __package__), name)
 
 
 def load_frozen_diffusion(folder: Path, precision: str = "float32", picture_size: int = 0) -> FrozenDiffusion:
@@ -47,14 +39,15 @@ def load_frozen_diffusion(folder: Path, precision: str = "float32", picture_size
     BadInputError when there is none, or one of another kind, or it cannot take pictures of that size.
     """
     pipeline = load_diffusion(folder, precision=precision)
-    family = next((FAMILIES[kind] for kind in FAMILIES if isinstance(pipeline, kind)), None)
+    family = family_of(pipeline)
     if family is None:
+        known = dict.fromkeys(one.diffusers.pipeline for one in DIFFUSION_FAMILIES.values())
         raise BadInputError(
             f"{folder} holds a {type(pipeline).__name__}; mappers are trained for "
-            f"{', '.join(kind.__name__ for kind in FAMILIES)}. Set diffusion to one of these."
+            f"{', '.join(known)}. Set diffusion to one of these."
         )
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
     pipeline.vae.enable_slicing()  # a batch of large pictures at once would need more than training does
-    return family(pipeline, picture_size)
+    return training_class(family)(pipeline, picture_size)

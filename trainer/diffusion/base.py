@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.diffusion import prompt_arguments
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.pipeline import prompt_arguments
 
 from ..common.images import encode_pictures
 from ..data.source import Features

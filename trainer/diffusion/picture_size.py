@@ -2,8 +2,9 @@
 
 from math import lcm
 
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DiffusionPipeline
 
+from minigpt5_core.conditioning.diffusion_families import keys_of, setting
 from minigpt5_core.errors import BadInputError
 
 
@@ -27,15 +28,16 @@ def check_picture_size(pipeline: DiffusionPipeline, size: int) -> None:
 
 def smallest_size(pipeline: DiffusionPipeline) -> int:
     """The side of one patch, in pixels; all sizes are multiples of it."""
-    factor = pipeline.vae_scale_factor
-    if (transformer := getattr(pipeline, "transformer", None)) is None:
+    factor, keys = pipeline.vae_scale_factor, keys_of(pipeline)
+    if keys is None or not keys.patch:
         return lcm(8, factor)  # diffusers draws multiples of 8 with every UNet
-    # Flux's own patch is 1: its pipeline lays 2 x 2 latents into one token before
-    return factor * (2 if isinstance(pipeline, FluxPipeline) else transformer.config.patch_size)
+    return factor * (
+        keys.patch if isinstance(keys.patch, int) else setting(pipeline, keys.denoiser, keys.patch)
+    )
 
 
 def largest_size(pipeline: DiffusionPipeline) -> int | None:
     """In pixels; None where there is no end, as with UNets and with Flux's rotary positions."""
-    transformer = getattr(pipeline, "transformer", None)
-    places = None if transformer is None else transformer.config.get("pos_embed_max_size")
+    keys = keys_of(pipeline)
+    places = setting(pipeline, keys.denoiser, keys.places) if keys and keys.places else None
     return places * smallest_size(pipeline) if places else None

@@ -21,8 +21,8 @@ class TextTargets:
             tokens.add(answer.tokens)
             if answer.pooled is not None:
                 pooled.add(answer.pooled[:, None])
-        self.mean, self.std = tokens.mean, tokens.deviation
-        self.pooled_std = pooled.deviation if diffusion.pools else None
+        self.mean, self.std = tokens.mean, tokens.std
+        self.pooled_std = pooled.std if diffusion.pools else None
 
     def loss(self, answer: Conditioning, texts: Sequence[str], standardised: bool) -> Tensor:
         """The distance of the mapper's answer from theirs, tokens and pooled counted alike."""

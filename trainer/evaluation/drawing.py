@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.diffusion import prompt_arguments
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.pipeline import StoryTeller, prompt_arguments
-from minigpt5_core.prompts import Turn, chat_prompt
+from minigpt5_core.pipeline import StoryTeller
+from minigpt5_core.story.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts
 
 BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)

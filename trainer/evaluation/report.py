@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from minigpt5_core.pages import BACKGROUND, INK, MARGIN, draw_strip
 from minigpt5_core.story import Scene, Story
+from minigpt5_core.story.pages import BACKGROUND, INK, MARGIN, draw_strip
 
 from ..common.html_page import page
 from ..common.images import grid

@@ -16,7 +16,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Reply, Sampling, generate
 from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference
 from minigpt5_core.pipeline import StoryTeller
-from minigpt5_core.prompts import NEXT, Turn, fit_prompt
+from minigpt5_core.story.prompts import NEXT, Turn, fit_prompt
 from minigpt5_core.vision import picture_tensor
 
 from ..common.images import fitted
@@ -80,7 +80,7 @@ def chapters(teller: StoryTeller, record: Record) -> list[Chapter]:
         request = asked or NEXT
         found.append(Chapter(list(turns), request, scene))
         shown = teller.llm.see(picture_tensor(scene.picture.open())) if scene.picture else None
-        turns.append(Turn(request, scene.text, picture=scene.picture is not None, shown=shown))
+        turns.append(Turn(request, scene.text, picture=scene.picture is not None, image_tokens=shown))
         asked = ""
     return found
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_llm, load_sight
-from minigpt5_core.llm_files import default_llm
+from minigpt5_core.llm import FrozenLLM, load_llm, load_vision
+from minigpt5_core.llm.files import default_llm
 from minigpt5_core.vision import picture_tensor
 
 from ..common.images import fitted
@@ -82,7 +82,7 @@ def load_seeing(
     if image_adapter is None:
         return None
     folder = folder or default_llm()
-    return load_sight(load_llm(folder, device=device), folder, chosen=image_adapter)
+    return load_vision(load_llm(folder, device=device), folder, chosen=image_adapter)
 
 
 def fill(path: Path, layout: str, out: Path, diffusion: FrozenDiffusion, llm: FrozenLLM | None) -> Built:

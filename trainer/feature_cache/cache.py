@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.families.base import SeeingFamily
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.weights import atomic_save
+from minigpt5_core.llm.families.base import VisionFamily
+from minigpt5_core.tensor_files import atomic_save
 
 from ..data.records import BrokenPicture, Picture
 from ..diffusion.base import FrozenDiffusion
@@ -148,7 +148,7 @@ def _sight(llm: FrozenLLM) -> str | None:
     """Stands for all that decides what the LLM sees in a picture; None for one that does not see."""
     if (encoder := llm.image_encoder) is not None:
         return fingerprint(encoder, dataclasses.asdict(encoder.config))
-    if isinstance(family := llm.family, SeeingFamily):
+    if isinstance(family := llm.family, VisionFamily):
         return fingerprint(family.vision(llm.causal_lm), family.processor)
     return None
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from peft import (
@@ -16,10 +15,10 @@ from peft import (
 )
 from torch import nn
 
-from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, VOKEN_IDS, VOKEN_ROWS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter
-from minigpt5_core.weights import atomic_save
+from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, VOKEN_IDS, VOKEN_ROWS
+from minigpt5_core.tensor_files import atomic_save
 
 KINDS = ("LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING")
 # settings of PEFT's that import a module or read a file which the configuration names
@@ -57,16 +56,17 @@ def with_voken_rows(llm: FrozenLLM) -> Adapted:
 
 
 def with_prefix(llm: FrozenLLM, tokens: int, width: int) -> Adapted:
-    """Puts a learned prefix of `tokens` in front of every story, and makes the voken rows trainable.
+    """The LLM with a learned prefix of `tokens` in front of every story, and what trains it and the voken rows.
 
-    The prefix comes out of a network of that `width`, or with width 0 is learned itself.
+    The causal LM is shared with the LLM given and changed in place. The prefix comes out of a network of that `width`,
+    or with width 0 is learned itself.
     """
     projected = {"prefix_projection": True, "encoder_hidden_size": width} if width else {}
     config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens, **projected)
     adapted = get_peft_model(llm.causal_lm, config)
     # in place, and after the prefix, which freezes everything it finds
     with_voken_rows(llm)
-    return replace(llm, prefix=adapted.get_prompt), adapted
+    return llm.with_prefix(adapted.get_prompt), adapted
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -77,7 +77,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def adapt(llm: FrozenLLM, start: Path | None, fresh: Callable[[FrozenLLM], Adapted]) -> Adapted:
     """The LLM with what learns of it: stage 2's own adapter of an earlier run goes on; else `fresh` makes one.
 
-    Voken rows of an earlier stage 1 are laid into the LLM first, for the fresh adapter to begin with.
+    Voken rows of an earlier stage 1 are merged first, for the fresh adapter to begin with. The causal LM is shared with
+    the LLM given and changed in place.
     """
     if start is None:
         return fresh(llm)

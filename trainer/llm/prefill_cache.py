@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.story.prompts import Turn, chat_text
 
 from ..data.source import Passage, PictureTarget
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from minigpt5_core.families.base import placed, stack_positions
 from minigpt5_core.llm import FrozenLLM
+from minigpt5_core.llm.families.base import placed, stack_positions
 from minigpt5_core.losses import IGNORED, voken_loss
-from minigpt5_core.prompts import Turn, chat_prompt
+from minigpt5_core.story.prompts import Turn, chat_prompt
 from minigpt5_core.vokens import block_starts, gather_voken_states
 
 from ..data.source import PictureTarget

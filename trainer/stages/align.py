@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from peft import PeftModel
 
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.mapper import Mapper
 
 from ..data.source import OpenSource
 from ..diffusion import load_frozen_diffusion

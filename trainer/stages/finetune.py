@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from minigpt5_core.llm import FrozenLLM, load_sight
-from minigpt5_core.mapper import Mapper
+from minigpt5_core.conditioning.mapper import Mapper
+from minigpt5_core.llm import FrozenLLM, load_vision
 
 from ..data.source import OpenSource
 from ..diffusion import load_frozen_diffusion
@@ -127,7 +127,7 @@ def train_finetune(
 
     def adapt_llm(llm: FrozenLLM, folder: Path) -> tuple[FrozenLLM, PeftModel]:
         if recipe.model.image_adapter:
-            llm = load_sight(llm, folder, chosen=Path(recipe.model.image_adapter))
+            llm = load_vision(llm, folder, chosen=Path(recipe.model.image_adapter))
         return adapt(llm, start_from, lambda llm: with_adapter(llm, recipe.model))
 
     run = Run(recipe, out, start_accelerator(recipe, out), resume)

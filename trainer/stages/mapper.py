@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM, load_adapter, load_sight
-from minigpt5_core.mapper import Mapper
+from minigpt5_core.llm import FrozenLLM, load_adapter, load_vision
 
 from ..data.source import OpenSource, PictureTarget, Shard, new_seed
 from ..diffusion import load_frozen_diffusion
@@ -140,7 +140,7 @@ def train_mapper(
     def adapt_llm(llm: FrozenLLM, folder: Path) -> tuple[FrozenLLM, None]:
         llm = load_adapter(llm, adapter)
         if recipe.model.image_adapter:
-            llm = load_sight(llm, folder, chosen=Path(recipe.model.image_adapter))
+            llm = load_vision(llm, folder, chosen=Path(recipe.model.image_adapter))
         return llm, None
 
     run = Run(recipe, out, start_accelerator(recipe, out), resume)

@@ -4,9 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt5_core.conditioning import SPACES, Space, check_space
-from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.mapper import (
+from minigpt5_core.conditioning.mapper import (
     Mapper,
     StandardisedMapper,
     build_mapper,
@@ -14,8 +12,10 @@ from minigpt5_core.mapper import (
     connector_config,
     reference_config,
 )
-from minigpt5_core.pipeline import space_of
-from minigpt5_core.weights import load_mapper
+from minigpt5_core.conditioning.mapper_file import load_mapper
+from minigpt5_core.diffusion import space_of
+from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import FrozenLLM
 
 from ..diffusion import TextTargets
 from .config import ModelConfig, StageRecipe

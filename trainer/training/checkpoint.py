@@ -22,9 +22,10 @@ from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
 
+from minigpt5_core.conditioning.mapper import Mapper
+from minigpt5_core.conditioning.mapper_file import MapperHeader, save_mapper
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import Mapper
-from minigpt5_core.weights import MapperHeader, hash_weights, save_mapper
+from minigpt5_core.llm.weights import hash_weights
 
 from ..common.images import grid
 from ..common.progress import TrainingError

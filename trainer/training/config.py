@@ -6,8 +6,8 @@ Loss weights are the published ones (arXiv 2310.02239, section 3.3); learning ra
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from minigpt5_core.diffusion import DIFFUSION_PRECISIONS
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.pipeline import DIFFUSION_PRECISIONS
 
 from ..common.recipe import build_recipe
 from ..data.tasks import Task

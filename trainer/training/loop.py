@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.mapper import Mapper
 
 from ..common.progress import Progress, Terminated, TrainingError, interrupts
 from ..data.source import DataSource, Shard

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.losses import drop_states
-from minigpt5_core.mapper import Mapper
 
 from ..common.images import fitted
 from ..data.source import PictureTarget

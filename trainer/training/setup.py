@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from peft import PeftModel, PeftType
 
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_llm
-from minigpt5_core.llm_files import default_llm
-from minigpt5_core.mapper import Mapper
-from minigpt5_core.precision import holding
+from minigpt5_core.llm.files import default_llm
+from minigpt5_core.llm.precision import dtype_and_quantization
 
 from ..data.record_source import RecordSource
 from ..data.source import DataSource, Features, OpenSource
@@ -85,7 +85,7 @@ def set_up(
 def set_up_llm(model: ModelConfig, run: Run, adapt: Adapt) -> tuple[FrozenLLM, PeftModel | None, Path]:
     """The recipe's LLM, or the default one, with what `adapt` lays on it; the same as PEFT has it; and its folder."""
     folder = Path(model.llm) if model.llm else default_llm()
-    llm = load_llm(folder, model.vokens, device=run.llm_device, **holding(model.llm_precision))
+    llm = load_llm(folder, model.vokens, device=run.llm_device, **dtype_and_quantization(model.llm_precision))
     llm, adapted = adapt(llm, folder)
     if run.shards and adapted is not None:
         shard(llm, adapted, run.accelerator)

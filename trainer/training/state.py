@@ -25,7 +25,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.weights import atomic_save
+from minigpt5_core.tensor_files import atomic_save
 
 SCHEDULE, SOURCE, AVERAGE = "schedule.json", "source.json", "average.safetensors"
 PLACE = (

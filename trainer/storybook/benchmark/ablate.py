@@ -19,7 +19,7 @@ import torch
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.metrics import bootstrap
-from minigpt5_core.prompts import Turn
+from minigpt5_core.story.prompts import Turn
 
 from ...common.recipe import build_recipe
 from ...evaluation.table import cell

@@ -5,7 +5,7 @@ python -m trainer evaluate --recipe trainer/recipes/storybook_evaluate.toml --ou
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,12 +14,14 @@ from accelerate import PartialState
 from peft import PeftModel
 from PIL import Image
 
+from minigpt5_core.conditioning.mapper_file import load_mapper
+from minigpt5_core.diffusion import DIFFUSION_PRECISIONS
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling
 from minigpt5_core.llm import FrozenLLM, load_llm
-from minigpt5_core.llm_files import default_llm
-from minigpt5_core.pipeline import DIFFUSION_PRECISIONS, STORYBOOK, Parts, StoryTeller, load
-from minigpt5_core.weights import hash_weights, load_mapper
+from minigpt5_core.llm.files import default_llm
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.pipeline import STORYBOOK, Parts, StoryTeller, load
 
 from ...common.provenance import fingerprint as data_fingerprint
 from ...diffusion import check_picture_size
@@ -227,8 +229,7 @@ def _captioning_llm(recipe: EvaluateRecipe) -> FrozenLLM:
     llm = load_llm(folder)
     check_peft(Path(recipe.caption_adapter))
     adapted = PeftModel.from_pretrained(llm.causal_lm, recipe.caption_adapter)
-    llm.causal_lm = adapted.merge_and_unload().eval()
-    return llm
+    return replace(llm, causal_lm=adapted.merge_and_unload().eval())
 
 
 def _gallery(recipe: EvaluateRecipe, out: Path, name: str, below: str = "") -> Gallery:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from minigpt5_core.pipeline import Parts, StoryTeller, load
-from minigpt5_core.prompts import Turn
+from minigpt5_core.story.prompts import Turn
 
 from ...common.images import grid
 from ...llm.sequences import story_losses, story_sequence

@@ -9,11 +9,11 @@ from contextlib import nullcontext
 
 import torch
 
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.generate import Prompt, StoryCache, generate
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.mapper import Mapper
 from minigpt5_core.pipeline import StoryTeller
-from minigpt5_core.prompts import Turn
+from minigpt5_core.story.prompts import Turn
 from minigpt5_core.vision import picture_tensor
 
 from ...common.images import encode_pictures
@@ -60,7 +60,9 @@ def vokens(
             if consistent and reference is None:
                 reference = encode_pictures(teller.diffusion.vae, [picture])
             if feed_back:
-                turns[-1] = Turn(scene.request, scene.text, shown=teller.llm.see(picture_tensor(picture)))
+                turns[-1] = Turn(
+                    scene.request, scene.text, image_tokens=teller.llm.see(picture_tensor(picture))
+                )
             yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
 
     return draw

@@ -10,11 +10,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
-from minigpt5_core.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from minigpt5_core.conditioning.mapper_file import load_mapper, save_mapper
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from minigpt5_core.model_index import check_index
 from minigpt5_core.vision import load_image_adapter, save_image_adapter
-from minigpt5_core.weights import IMAGE_ADAPTER, load_mapper, save_mapper
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
 from ..world.sample import write_world
 from .autoencoder import HERE

@@ -18,8 +18,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.generate import Prompt, Sampling
 from minigpt5_core.llm import FrozenLLM, load_llm
-from minigpt5_core.llm_files import default_llm
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.llm.files import default_llm
+from minigpt5_core.story.prompts import Turn, chat_text
 
 from ...common.progress import Progress, interrupts
 from ...llm.adapters import save_adapter, trainable

@@ -18,13 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minigpt5_core.conditioning.mapper import Mapper
+from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Sampling, generate
 from minigpt5_core.llm import FrozenLLM, load_adapter, load_llm
-from minigpt5_core.llm_files import default_llm
+from minigpt5_core.llm.files import default_llm
+from minigpt5_core.llm.weights import hash_weights
 from minigpt5_core.losses import caption_loss
-from minigpt5_core.mapper import Mapper
-from minigpt5_core.prompts import chat_prompt
+from minigpt5_core.story.prompts import chat_prompt
 from minigpt5_core.vision import (
     ImageAdapterHeader,
     ImageEncoder,
@@ -33,7 +35,7 @@ from minigpt5_core.vision import (
     picture_tensor,
     save_image_adapter,
 )
-from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
+from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
 from ...common.progress import Progress, interrupts
 from ...common.provenance import package_version
@@ -84,7 +86,7 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
     mapper = load_mapper(Path(recipe.mapper))[0].to(device)
     llm = load_adapter(load_llm(folder, mapper.config.vokens, device=device), Path(recipe.adapter))
     encoder, earlier = _encoder(recipe, llm, start)
-    llm.image_encoder = encoder.to(device)
+    llm = llm.with_vision(encoder.to(device))
     steps = f"{recipe.word_steps} + {recipe.story_steps}"
     trained = {
         "stage": "image adapter",

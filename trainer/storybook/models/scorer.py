@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.weights import atomic_save
+from minigpt5_core.tensor_files import atomic_save
 
 from ...common.images import to_tensor
 from ...common.progress import Progress

@@ -11,7 +11,7 @@ from typing import Any
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import Turn, chat_text
+from minigpt5_core.story.prompts import Turn, chat_text
 
 from ...data.source import (
     WHOLE,
@@ -132,7 +132,7 @@ class StorySource(WorldSource):
         return {"caption_text": [caption_example(one) for index, one in enumerate(alone) if shard.has(index)]}
 
     def _questions(self, rng: random.Random, shard: Shard) -> dict[str, list[Example]]:
-        if not (self.llm.sees and self.data.questions):
+        if not (self.llm.has_vision and self.data.questions):
             return {}
         seeds = [new_seed(rng) for _ in range(self.data.questions)]
         mine = [random.Random(seed) for index, seed in enumerate(seeds) if shard.has(index)]
@@ -191,7 +191,7 @@ def story_example(
 ) -> Example:
     """A whole story; to an LLM that sees, with pictures shown in a share of the stories. Targets that are not `seeded`
     get their seeds where they are used."""
-    if llm.sees and rng.random() < shown_share:
+    if llm.has_vision and rng.random() < shown_share:
         turns = shown_turns(llm, scenes, rng)
     else:
         turns = [Turn(scene.request, scene.text) for scene in scenes]

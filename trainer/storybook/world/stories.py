@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minigpt5_core.prompts import NEXT
+from minigpt5_core.story.prompts import NEXT
 
 from .state import COMPANIONS, HEROES, NAMES, OBJECT_FORM, PLACES, PROPS, TIMES, State, held_out
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.prompts import DESCRIBE, LOOK, Turn
+from minigpt5_core.story.prompts import DESCRIBE, LOOK, Turn
 
 from ...common.images import to_tensor
 from .augment import weather
@@ -63,7 +63,7 @@ def shown_turns(llm: FrozenLLM, scenes: Sequence[TrueScene], draw: random.Random
                 LOOK if silent and index == 0 else request,
                 "" if silent else scene.text,
                 picture=not given,
-                shown=shown,
+                image_tokens=shown,
             )
         )
     return turns
@@ -76,7 +76,7 @@ def told_scenes(scenes: Sequence[TrueScene], turns: Sequence[Turn]) -> list[True
 
 def caption_turns(image: Tensor, caption: str | None = None) -> list[Turn]:
     """A picture, and the question what it shows."""
-    return [Turn(LOOK, "", picture=False, shown=image), Turn(DESCRIBE, caption, picture=False)]
+    return [Turn(LOOK, "", picture=False, image_tokens=image), Turn(DESCRIBE, caption, picture=False)]
 
 
 def questions(llm: FrozenLLM, count: int, draw: random.Random) -> list[list[Turn]]:

@@ -1,0 +1,109 @@
+"""Diffusion models in diffusers' layout: loading them, and checking that they take a mapper's conditioning."""
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .conditioning.diffusion_families import SPACES, widths_in_diffusers
+from .conditioning.mapper_file import MapperHeader
+from .conditioning.spaces import Conditioning, Space, check_space
+from .errors import BadInputError
+from .model_index import check_index
+from .reading import reading
+
+DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32") -> DiffusionPipeline:
+    """The pipeline in a diffusers folder or of a name on the Hub (`find_diffusion`), in float32 or bf16.
+
+    The precision is the one given, whatever the files hold. Text encoders that are left out of the folder are None: a
+    mapper answers in their place. BadInputError when there is no model, or its safetensors files are not whole, or for
+    another precision.
+    """
+    if precision not in DIFFUSION_PRECISIONS:
+        raise BadInputError(
+            f"diffusion_precision is {precision!r}; it can be {' or '.join(DIFFUSION_PRECISIONS)}."
+        )
+    folder = find_diffusion(folder)
+    cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
+    check_index(folder)
+    with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=DIFFUSION_PRECISIONS[precision],
+            local_files_only=True,
+            use_safetensors=True,
+            **_left_out(folder),
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def find_diffusion(folder: Path) -> Path:
+    """`folder`, or if there is no such folder, the one that `hf download` has fetched for a model of that name.
+
+    Nothing is downloaded here. BadInputError when neither is there, or it is no diffusers model.
+    """
+    found, name = folder, folder.as_posix()
+    named = not folder.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", name)
+    if named:
+        with suppress(OSError, ValueError):  # ValueError: one that asks for code of its own
+            found = Path(DiffusionPipeline.download(name, local_files_only=True))
+    if (found / "model_index.json").is_file():
+        return found
+    cure = f", or fetch the model of that name: hf download {name}" if named else ""
+    raise BadInputError(
+        f"{folder} is no diffusers model folder (it has no model_index.json). Give a folder that a diffusers "
+        f"pipeline was saved to{cure}."
+    )
+
+
+def _left_out(folder: Path) -> dict[str, None]:
+    """The text encoders and tokenizers that the index names and the folder lacks, such as SD3's T5 of 9 GB."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
+    return {name: None for name in parts if not (folder / name).is_dir()}
+
+
+def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:
+    """Raises BadInputError, naming both, when the mapper's space is not the one that the diffusion model takes.
+
+    A model whose configuration does not say what it takes passes.
+    """
+    expected = space_of(diffusion, header.space)
+    try:
+        check_space(header.space, expected)
+    except BadInputError as error:
+        raise BadInputError(
+            f"{file.name}: {error} Give a mapper with --mapper, a diffusion model with --diffusion."
+        ) from error
+
+
+def space_of(diffusion: DiffusionPipeline, default: Space) -> Space:
+    """The space a diffusion model takes, read off its configuration; fields that it omits come from `default`."""
+    widths = widths_in_diffusers(diffusion, default)
+    if widths is None:
+        return default
+    for known in (default, *SPACES.values()):
+        if (known.width, known.pooled_width) == widths:
+            return known
+    return Space(type(diffusion).__name__, default.tokens, *widths)
+
+
+def prompt_arguments(
+    positive: Conditioning, negative: Conditioning, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
+    """The arguments by which a diffusers pipeline of that precision takes conditioning in place of a prompt."""
+    positive, negative = positive.to(dtype), negative.to(dtype)
+    arguments = {"prompt_embeds": positive.tokens, "negative_prompt_embeds": negative.tokens}
+    if positive.pooled is not None and negative.pooled is not None:
+        arguments |= {
+            "pooled_prompt_embeds": positive.pooled,
+            "negative_pooled_prompt_embeds": negative.pooled,
+        }
+    return arguments

@@ -1,0 +1,3 @@
+"""Moved to `llm.families`."""
+
+from ..llm.families import *

@@ -1,0 +1,4 @@
+"""Moved to `llm.families.base`."""
+
+from ..llm.families.base import *
+from ..llm.families.base import VisionFamily as SeeingFamily  # its old name

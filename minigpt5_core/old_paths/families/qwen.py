@@ -1,0 +1,3 @@
+"""Moved to `llm.families.qwen`."""
+
+from ..llm.families.qwen import *

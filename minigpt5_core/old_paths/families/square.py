@@ -1,0 +1,3 @@
+"""Moved to `llm.families.square`."""
+
+from ..llm.families.square import *

@@ -1,0 +1,4 @@
+"""Moved to `llm.gguf_files`."""
+
+from .llm.gguf_files import *
+from .reading import is_whole

@@ -1,0 +1,3 @@
+"""Moved to `llm.files`."""
+
+from .llm.files import *

@@ -1,0 +1,3 @@
+"""Moved to `conditioning.mapper`."""
+
+from .conditioning.mapper import *

@@ -1,0 +1,3 @@
+"""Moved to `story.pages`."""
+
+from .story.pages import *

@@ -1,0 +1,3 @@
+"""Moved to `llm.prefix`."""
+
+from .llm.prefix import *

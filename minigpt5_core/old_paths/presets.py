@@ -1,0 +1,3 @@
+"""Moved to `story.presets`."""
+
+from .story.presets import *

@@ -1,0 +1,3 @@
+"""Moved to `story.prompts`."""
+
+from .story.prompts import *

@@ -1,0 +1,3 @@
+"""Moved to `story.published_prompts`."""
+
+from .story.published_prompts import *

@@ -1,0 +1,3 @@
+"""Moved to `story.storybook`."""
+
+from .story.storybook import *
