@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ from trainer.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_help_answers_in_under_a_second_without_torch():
-    started = time.monotonic()
+def test_help_answers_without_importing_torch():
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "trainer", "--help"],
         cwd=ROOT,
@@ -19,8 +17,7 @@ def test_help_answers_in_under_a_second_without_torch():
         text=True,
     )
     assert shown.returncode == 0 and "stage 1: captions to pictures" in shown.stdout
-    assert "torch" not in shown.stderr
-    assert time.monotonic() - started < 5  # a crowded machine; the import list above is the real check
+    assert "torch" not in shown.stderr  # which takes seconds: without it, help comes at once
 
 
 @pytest.mark.parametrize(
