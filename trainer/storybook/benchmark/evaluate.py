@@ -36,7 +36,7 @@ from .measure import features_of, measure, single_facts, summarise
 from .systems import Row
 
 ROWS = (
-    "vokens", "vokens_reference", "vokens_consistent", "two_stage", "two_stage_history", "two_stage_caption", "oracle",
+    "vokens", "vokens_reference", "two_stage", "two_stage_history", "two_stage_caption", "oracle",
 )  # fmt: skip
 SINGLE = ("vokens", "oracle")  # the rows that also draw single captions
 SHEET = 10  # single captions to a strip
@@ -208,9 +208,6 @@ def _rows(recipe: EvaluateRecipe, teller: StoryTeller) -> dict[str, Row]:
         "vokens": lambda: rows.vokens(teller, drawing, feed_back=recipe.feed_back),
         "vokens_reference": lambda: rows.vokens(
             teller, drawing, load_mapper(Path(recipe.reference_mapper))[0], recipe.feed_back
-        ),
-        "vokens_consistent": lambda: rows.vokens(
-            teller, drawing, feed_back=recipe.feed_back, consistent=True
         ),
         "two_stage": lambda: rows.two_stage(teller, drawing, rows.sentences),
         "two_stage_history": lambda: rows.two_stage(teller, drawing, rows.histories),

@@ -5,7 +5,6 @@ All share LLM, diffusion model, seeds, steps and guidance. Between them differs 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
 
@@ -16,7 +15,6 @@ from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.prompts import Turn
 from minigpt5_core.vision import picture_tensor
 
-from ...common.images import encode_pictures
 from ...evaluation.drawing import (
     BLOCK_ONLY,
     Drawing,
@@ -28,7 +26,6 @@ from ...evaluation.drawing import (
 from ...llm.prefill_cache import caption_ids
 from ..models.caption_baseline import CAPTIONING, CLOSE, OPEN, caption_prompt
 from ..world.stories import TrueScene
-from .reference_attention import looking_at
 
 Row = Callable[[Sequence[TrueScene], int], Iterator[Drawn]]
 
@@ -38,27 +35,18 @@ def vokens(
     drawing: Drawing,
     mapper: Mapper | None = None,
     feed_back: bool = True,
-    consistent: bool = False,
 ) -> Row:
-    """Our way: the story so far -> vokens -> mapper. Pictures go back to an LLM that sees.
-
-    With `consistent` later pictures look at the first one while they are drawn.
-    """
+    """Our way: the story so far -> vokens -> mapper. Pictures go back to an LLM that sees."""
     chosen = mapper or teller.mapper
 
     def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
         turns: list[Turn] = []
         cache = StoryCache()
-        reference: torch.Tensor | None = None
         for index, scene in enumerate(scenes):
             began = time.perf_counter()
             turns.append(Turn(scene.request, scene.text))
             answer = chosen(voken_states(teller.llm, turns, cache))
-            looking = looking_at(teller.diffusion, reference) if reference is not None else nullcontext()
-            with looking:
-                picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
-            if consistent and reference is None:
-                reference = encode_pictures(teller.diffusion.vae, [picture])
+            picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
             if feed_back:
                 turns[-1] = Turn(scene.request, scene.text, shown=teller.llm.see(picture_tensor(picture)))
             yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
