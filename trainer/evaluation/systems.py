@@ -5,7 +5,7 @@ Each scene is told behind the true ones before it, as in the paper: an error doe
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Reply, Sampling, generate
-from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference
+from minigpt5_core.metrics import bootstrap, bootstrap_difference
 from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.prompts import NEXT, Turn, fit_prompt
 from minigpt5_core.vision import picture_tensor
@@ -26,6 +26,7 @@ from ..metrics.stories import Scene as ScoredScene
 from ..metrics.stories import Score, ToldStory
 from ..metrics.table import ScoresRecipe, score_stories
 from .drawing import Drawing, Drawn, draw_conditioning, draw_prompt, voken_states
+from .table import cell
 
 SYSTEMS = ("vokens", "two_stage", "oracle")
 
@@ -145,13 +146,13 @@ def score_systems(
     groups = [number for number, story in enumerate(stories) for _ in story]
     rows: dict[str, dict] = {}
     for name, scores in reports.items():
-        cells = {metric: _cell(score.interval) for metric, score in scores.items()}
+        cells = {metric: cell(score.interval) for metric, score in scores.items()}
         flat = [one for story in drawn[name] for one in story]
         for column, values in {
             "seconds_per_scene": [one.seconds for one in flat],
             "llm_tokens_per_scene": [float(one.llm_tokens) for one in flat],
         }.items():
-            cells[column] = _cell(bootstrap(np.array(values), np.array(groups)))
+            cells[column] = cell(bootstrap(np.array(values), np.array(groups)))
         rows[name] = cells
     first = next(iter(reports.values()))
     reasons = {metric: score.reason for metric, score in first.items() if score.reason}
@@ -184,10 +185,6 @@ def _differences(reports: dict[str, dict[str, Score]], groups: np.ndarray) -> di
             if first is None or second is None:
                 cells[metric] = None
             else:
-                cells[metric] = _cell(bootstrap_difference(first, second, of))
+                cells[metric] = cell(bootstrap_difference(first, second, of))
         table[f"{one}-{other}"] = cells
     return table
-
-
-def _cell(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else {name: round(value, 5) for name, value in asdict(interval).items()}

@@ -13,6 +13,7 @@ from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference, fre
 from ...common.images import to_tensor
 from ...evaluation.drawing import Drawn
 from ...evaluation.table import cell
+from ...metrics.distances import resampled
 from ..models.scorer import Scorer
 from ..world.state import FACTS, State
 from ..world.stories import TrueScene
@@ -117,7 +118,7 @@ def summarise(
     table: dict[str, dict] = {}
     for name, row in measured.items():
         cells = {column: cell(bootstrap(values, groups)) for column, values in row.values.items()}
-        cells["fid"] = cell(_fid(row.features, true_features, groups))
+        cells["fid"] = cell(_frechet_interval(row.features, true_features, groups))
         alone = singles.get(name, {})
         cells |= {column: cell(bootstrap(values, np.arange(len(values)))) for column, values in alone.items()}
         table[name] = {column: cells.get(column) for column in COLUMNS}
@@ -135,17 +136,8 @@ def summarise(
     return {"rows": table, "differences": differences}
 
 
-def _fid(features: np.ndarray, true: np.ndarray, groups: np.ndarray, draws: int = 100) -> Interval | None:
-    """Frechet distance to the true pictures, whole stories drawn for the interval; None for too few pictures."""
+def _frechet_interval(features: np.ndarray, true: np.ndarray, groups: np.ndarray) -> Interval | None:
+    """Fréchet distance to the true pictures' features, both (N, D); None for fewer than LEAST_FOR_FID pictures."""
     if len(features) < LEAST_FOR_FID:
         return None
-    chance = np.random.default_rng(0)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    values = []
-    for _ in range(draws):
-        picked = np.concatenate([members[index] for index in chance.integers(0, len(members), len(members))])
-        values.append(frechet_distance(features[picked], true[picked]))
-    low, middle, high = np.percentile(values, (2.5, 50, 97.5))
-    whole = frechet_distance(features, true)
-    # stories drawn twice raise the distance: of the drawn ones only the spread is taken
-    return Interval(whole, float(whole + low - middle), float(whole + high - middle))
+    return resampled(frechet_distance, [(features, groups), (true, groups)])
