@@ -16,7 +16,15 @@ def load_recipe(kind: type[Recipe], path: Path | None, changes: list[str]) -> Re
 
     Raises BadInputError for a missing file, broken TOML, an unknown key or a value of the wrong type.
     """
-    values = _read(path) if path else {}
+    return build_recipe(kind, read_values(kind, path, changes), str(path) if path else "--set")
+
+
+def read_values(kind: type, path: Path | None, changes: list[str]) -> dict[str, Any]:
+    """What the recipe at `path` says, with `key=value` changes laid over it, old keys under their names of today.
+
+    Raises BadInputError for a missing file, broken TOML or a change that is not one.
+    """
+    values = with_new_keys(kind, _read(path)) if path else {}
     for change in changes:
         key, equals, value = change.partition("=")
         if not equals:
@@ -29,8 +37,17 @@ def load_recipe(kind: type[Recipe], path: Path | None, changes: list[str]) -> Re
                 raise BadInputError(
                     f"--set {change!r}: {table} is a value, not a table. Write --set {table}=value."
                 )
+        name = name if tables else next(iter(with_new_keys(kind, {name: None})))
         place[name] = _parse(value.strip())
-    return build_recipe(kind, values, str(path) if path else "--set")
+    return values
+
+
+def with_new_keys(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` by the keys of today: those in `kind.RENAMED`, {old: new}, go on working, and a line says so."""
+    renamed: dict[str, str] = getattr(kind, "RENAMED", {})
+    for old in renamed.keys() & values.keys():
+        print(f"{old} is called {renamed[old]} now")
+    return {renamed.get(key, key): value for key, value in values.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -55,6 +72,7 @@ def _parse(text: str) -> Any:
 def build_recipe(kind: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
     """A recipe from decoded TOML; BadInputError, opening with `source`, for unknown keys and wrong types."""
     hints = get_type_hints(kind)
+    values = with_new_keys(kind, values)
     return build(
         kind, {key: _coerce(value, hints.get(key), key, source) for key, value in values.items()}, source
     )
