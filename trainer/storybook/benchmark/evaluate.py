@@ -4,7 +4,7 @@ python -m trainer evaluate --recipe trainer/recipes/storybook_evaluate.toml --ou
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,12 +37,23 @@ from ...evaluation.report import write_report
 from ..models.scorer import Scorer, accuracy, load_scorer
 from ..world.render import render
 from ..world.stories import TrueScene, held_out_state, stories, training_state
-from . import systems as illustrators
 from .measure import features_of, measure, single_facts, summarise
+from .systems import (
+    caption_baseline,
+    history,
+    sentence,
+    single_caption_systems,
+    true_caption,
+    two_stage,
+    vokens,
+)
 
 SYSTEMS = ("vokens", "vokens_reference", "two_stage", "two_stage_history", "two_stage_caption", "oracle")
-SINGLE = ("vokens", "oracle")  # the systems that also draw single captions
 SHEET = 10  # single captions to a strip
+MADE_BY = {  # the systems with weights of their own
+    "vokens_reference": "python -m trainer mapper --set mapper=reference",
+    "two_stage_caption": "python -m trainer caption-adapter",
+}
 PLOTTED = ("hero_unnamed", "prop_carried", "place", "time", "consistency", "image_similarity")
 
 Stories = list[list[TrueScene]]
@@ -85,25 +96,35 @@ class StorybookEvaluateRecipe(EvaluateRecipe):
         check_systems(self.systems, SYSTEMS, removed if "vokens_consistent" in self.systems else "")
 
 
+@dataclass(frozen=True)
+class Illustrated:
+    """Stories, and where the pictures lie that each system has drawn for all of them."""
+
+    stories: Stories
+    galleries: dict[str, Gallery]
+
+    def drawn(self) -> Iterator[tuple[str, list[list[DrawnScene]]]]:
+        """Each system by name, with what it has drawn, story by story."""
+        for name, gallery in self.galleries.items():
+            yield name, gallery.load_all(len(self.stories))
+
+
 def evaluate_storybook(recipe: StorybookEvaluateRecipe, out: Path) -> dict:
     """Draws, measures, writes `report.json`, the report's page and `pictures/` into `out`; returns the report.
 
     Processes, and pictures that are there already, are dealt with as in `trainer.evaluation.evaluate.evaluate`.
     """
-    processes = start_processes()
-    told = list(islice(stories(recipe.seed, recipe.split), recipe.stories))
-    singles = single_captions(recipe)
+    processes, pictures = start_processes(), out / "pictures"
+    true_stories = list(islice(stories(recipe.seed, recipe.split), recipe.stories))
     teller = load_teller(recipe)
     systems = _systems(recipe, teller)
-    galleries = _galleries(recipe, out / "pictures", systems)
-    draw_missing(processes, told, recipe.seed, systems, galleries)
-    single_systems = illustrators.single_caption_systems(teller, draw_settings(recipe))
-    single_systems = {name: system for name, system in single_systems.items() if name in systems}
-    single_galleries = _galleries(recipe, out / "pictures" / "captions", single_systems)
-    draw_missing(processes, singles, recipe.seed, single_systems, single_galleries, stride=SHEET)
-    return report_once(
-        processes, out, lambda: _report(recipe, out, told, singles, galleries, single_galleries)
-    )
+    single = single_caption_systems(teller, draw_settings(recipe))
+    single = {name: system for name, system in single.items() if name in systems}
+    whole = Illustrated(true_stories, _galleries(recipe, pictures, systems))
+    alone = Illustrated(single_captions(recipe), _galleries(recipe, pictures / "captions", single))
+    draw_missing(processes, whole.stories, recipe.seed, systems, whole.galleries)
+    draw_missing(processes, alone.stories, recipe.seed, single, alone.galleries, stride=SHEET)
+    return report_once(processes, out, lambda: _report(recipe, out, whole, alone))
 
 
 def single_captions(recipe: StorybookEvaluateRecipe) -> Stories:
@@ -117,19 +138,18 @@ def single_captions(recipe: StorybookEvaluateRecipe) -> Stories:
 
 def _systems(recipe: StorybookEvaluateRecipe, teller: StoryTeller) -> dict[str, System[TrueScene]]:
     """The systems that were asked for; one whose weights are missing is left out, and the way to them is said."""
-    absent = _without_weights(recipe)
     settings, feed_back = draw_settings(recipe), recipe.feed_back
-    two_stage = illustrators.two_stage
     build = {
-        "vokens": lambda: illustrators.vokens(teller, settings, feed_back=feed_back),
-        "vokens_reference": lambda: illustrators.vokens(
+        "vokens": lambda: vokens(teller, settings, feed_back=feed_back),
+        "vokens_reference": lambda: vokens(
             teller, settings, load_mapper(Path(recipe.reference_mapper))[0], feed_back
         ),
-        "two_stage": lambda: two_stage(teller, settings, illustrators.sentence),
-        "two_stage_history": lambda: two_stage(teller, settings, illustrators.history),
-        "two_stage_caption": lambda: illustrators.caption_baseline(teller, settings, _captioning_llm(recipe)),
-        "oracle": lambda: two_stage(teller, settings, illustrators.true_caption),
+        "two_stage": lambda: two_stage(teller, settings, sentence),
+        "two_stage_history": lambda: two_stage(teller, settings, history),
+        "two_stage_caption": lambda: caption_baseline(teller, settings, _captioning_llm(recipe)),
+        "oracle": lambda: two_stage(teller, settings, true_caption),
     }
+    absent = _without_weights(recipe)
     return {name: build[name]() for name in recipe.systems if name not in absent}
 
 
@@ -143,17 +163,10 @@ def _own_weights(recipe: StorybookEvaluateRecipe) -> dict[str, Path]:
 
 def _without_weights(recipe: StorybookEvaluateRecipe) -> set[str]:
     """The systems that were asked for and whose own weights are missing, each named with what makes them."""
-    commands = {
-        "vokens_reference": "python -m trainer mapper --set mapper=reference",
-        "two_stage_caption": "python -m trainer caption-adapter",
-    }
     own = _own_weights(recipe)
     absent = {name for name, path in own.items() if name in recipe.systems and not path.exists()}
     for name in sorted(absent):
-        print(
-            f"system {name} is left out: there is nothing at {own[name]}. It is made by {commands[name]}",
-            flush=True,
-        )
+        print(f"system {name} is left out: there is nothing at {own[name]}. It is made by {MADE_BY[name]}")
     return absent
 
 
@@ -175,50 +188,37 @@ def _galleries(recipe: StorybookEvaluateRecipe, folder: Path, names: Iterable[st
     }
 
 
-def _report(
-    recipe: StorybookEvaluateRecipe,
-    out: Path,
-    told: Stories,
-    singles: Stories,
-    galleries: dict[str, Gallery],
-    single_galleries: dict[str, Gallery],
-) -> None:
-    """Measures what was drawn and writes the report."""
+def _report(recipe: StorybookEvaluateRecipe, out: Path, whole: Illustrated, alone: Illustrated) -> None:
+    """Measures what was drawn, of whole stories and of captions alone, and writes the report."""
     scorer = load_scorer(Path(recipe.scorer))
-    true_features = _true_features(recipe, out, told, scorer)
-    measured = {
-        name: measure(scorer, told, gallery.load_all(len(told)), true_features)
-        for name, gallery in galleries.items()
-    }
-    single = {
-        name: single_facts(scorer, singles, gallery.load_all(len(singles)))
-        for name, gallery in single_galleries.items()
-    }
-    report = summarise(told, measured, true_features, single)
+    true_features = _true_features(recipe, out, whole.stories, scorer)
+    measured = {name: measure(scorer, whole.stories, drawn, true_features) for name, drawn in whole.drawn()}
+    single = {name: single_facts(scorer, alone.stories, drawn) for name, drawn in alone.drawn()}
+    report = summarise(whole.stories, measured, true_features, single)
     report["settings"] = report_settings(recipe) | {
-        "scenes": sum(map(len, told)),
+        "scenes": sum(map(len, whole.stories)),
         "scorer_accuracy": accuracy(scorer, 500, seed=recipe.seed + 1),
     }
-    texts = [[scene.text for scene in story] for story in told]
-    for name, gallery in galleries.items():
+    texts = [[scene.text for scene in story] for story in whole.stories]
+    for name, gallery in whole.galleries.items():
         write_stories(out, name, texts, gallery)
-    captions = [scene.caption for scene in singles[0]]
+    captions = [scene.caption for scene in alone.stories[0]]
     write_report(out, report, _introduction(report["settings"]), texts, captions, PLOTTED)
 
 
-def _true_features(recipe: StorybookEvaluateRecipe, out: Path, told: Stories, scorer: Scorer) -> np.ndarray:
+def _true_features(
+    recipe: StorybookEvaluateRecipe, out: Path, true_stories: Stories, scorer: Scorer
+) -> np.ndarray:
     """(N, D) of what each scene's picture should show, which is kept beside the systems' pictures."""
-    true = [_true_pictures(recipe, number, story) for number, story in enumerate(told)]
+    true = [_true_pictures(recipe.seed, number, story) for number, story in enumerate(true_stories)]
     for number, pictures in enumerate(true):
         true_gallery(out).save(number, [DrawnScene(picture) for picture in pictures])
     return features_of(scorer, [picture for pictures in true for picture in pictures])
 
 
-def _true_pictures(
-    recipe: StorybookEvaluateRecipe, number: int, story: Sequence[TrueScene]
-) -> list[Image.Image]:
+def _true_pictures(seed: int, number: int, story: Sequence[TrueScene]) -> list[Image.Image]:
     return [
-        render(scene.state, random.Random(f"true/{recipe.seed}/{number}/{index}"))
+        render(scene.state, random.Random(f"true/{seed}/{number}/{index}"))
         for index, scene in enumerate(story)
     ]
 

@@ -36,17 +36,20 @@ class Measured:
 
 
 def measure(
-    scorer: Scorer, told: list[list[TrueScene]], drawn: list[list[DrawnScene]], true_features: np.ndarray
+    scorer: Scorer,
+    true_stories: list[list[TrueScene]],
+    drawn: list[list[DrawnScene]],
+    true_features: np.ndarray,
 ) -> Measured:
     """Every column that has a value for each scene; `true_features` (N, D) are of what it should show."""
-    scenes = [scene for story in told for scene in story]
+    scenes = [scene for story in true_stories for scene in story]
     flat = [scene for story in drawn for scene in story]
     pictures = [scene.picture for scene in flat]
     seen, features = scorer.read(pictures), features_of(scorer, pictures)
     lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(true_features, axis=1)
     values = scene_facts(scenes, seen) | {
-        "consistency": _consistency([len(story) for story in told], seen),
-        "identity": _identities(told, pictures, seen),
+        "consistency": _consistency([len(story) for story in true_stories], seen),
+        "identity": _identities(true_stories, pictures, seen),
         "image_similarity": (features * true_features).sum(1) / lengths,
         "seconds_per_scene": np.array([scene.seconds for scene in flat]),
         "llm_tokens_per_scene": np.array([float(scene.llm_tokens) for scene in flat]),
@@ -88,11 +91,11 @@ def _consistency(lengths: Sequence[int], seen: Sequence[State]) -> np.ndarray:
 
 
 def _identities(
-    told: list[list[TrueScene]], pictures: Sequence[Image.Image], seen: Sequence[State]
+    true_stories: list[list[TrueScene]], pictures: Sequence[Image.Image], seen: Sequence[State]
 ) -> np.ndarray:
     """Likeness of each story's hero to its first appearance."""
     values: list[float] = []
-    for story in told:
+    for story in true_stories:
         part = slice(len(values), len(values) + len(story))
         hero = story[0].state.hero
         values += identity(pictures[part], hero, [state.hero == hero for state in seen[part]])
@@ -116,7 +119,7 @@ def single_facts(
 
 
 def summarise(
-    told: list[list[TrueScene]],
+    true_stories: list[list[TrueScene]],
     measured: dict[str, Measured],
     true_features: np.ndarray,
     singles: dict[str, dict[str, np.ndarray]],
@@ -125,7 +128,7 @@ def summarise(
 
     Intervals are over stories, those of single captions over captions.
     """
-    groups = np.repeat(np.arange(len(told)), [len(story) for story in told])
+    groups = np.repeat(np.arange(len(true_stories)), [len(story) for story in true_stories])
     rows: dict[str, dict] = {}
     for name, system in measured.items():
         cells = _cells(system.values, groups) | _cells(singles.get(name, {}))

@@ -59,11 +59,11 @@ def score_storybook(recipe: ScoreRecipe, out: Path) -> bool:
     """Writes `scores.json` and a contact sheet for each system into `out`; whether the vokens pass the bar."""
     out.mkdir(parents=True, exist_ok=True)
     teller, scorer = load_teller(recipe.parts), load_scorer(Path(recipe.scorer))
-    told = list(islice(stories(recipe.seed, "test"), recipe.stories))
-    scenes = [scene for story in told for scene in story]
+    true_stories = list(islice(stories(recipe.seed, "test"), recipe.stories))
+    scenes = [scene for story in true_stories for scene in story]
     scores = {}
     for name, system in _systems(recipe, teller).items():
-        pictures = _pictures(system, told, recipe.seed)
+        pictures = _pictures(system, true_stories, recipe.seed)
         scores[name] = shares(scenes, scorer.read(pictures))
         grid(pictures[:SHEET], 8).save(out / f"{name}.png")
         print(name, "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()))
@@ -77,11 +77,11 @@ def _systems(recipe: ScoreRecipe, teller: StoryTeller) -> dict[str, System[TrueS
     return systems | ({"oracle": two_stage(teller, settings, true_caption)} if recipe.oracle else {})
 
 
-def _pictures(system: System[TrueScene], told: list[list[TrueScene]], seed: int) -> list[Image.Image]:
+def _pictures(system: System[TrueScene], true_stories: list[list[TrueScene]], seed: int) -> list[Image.Image]:
     """One picture a scene, drawn from the seeds that the benchmark takes."""
     return [
         scene.picture
-        for number, story in enumerate(told)
+        for number, story in enumerate(true_stories)
         for scene in system(story, STRIDE * (seed + number))
     ]
 

@@ -1,6 +1,6 @@
-"""The ways to illustrate a story whose sentences are given.
+"""The systems that illustrate a story whose sentences are given.
 
-All share LLM, diffusion model, seeds, steps and guidance. Between them differs only what the diffusion model is told.
+All share LLM, diffusion model, seeds, steps and guidance. They differ only in what the diffusion model is given.
 """
 
 from collections.abc import Callable, Iterator, Sequence
