@@ -106,7 +106,7 @@ def true_caption(scenes: Sequence[TrueScene]) -> str:
     return scenes[-1].caption
 
 
-def caption_states(llm: FrozenLLM, caption: str) -> torch.Tensor:
+def caption_voken_states(llm: FrozenLLM, caption: str) -> torch.Tensor:
     """(1, V, L) for a caption by itself, as in stage 1."""
     return generate(llm, [Prompt(caption_ids(llm, caption))], BLOCK_ONLY, [0])[0].voken_states
 
@@ -115,7 +115,7 @@ def single_caption_systems(teller: StoryTeller, settings: DrawSettings) -> dict[
     """By name, those that draw captions that stand by themselves: no story, each its own."""
 
     def draw(scene: TrueScene, seed: int) -> tuple[Image.Image, int, str]:
-        states = caption_states(teller.llm, scene.caption)
+        states = caption_voken_states(teller.llm, scene.caption)
         return draw_vokens(teller, settings, states, seed), len(teller.llm.voken_ids), ""
 
     return {
