@@ -1,5 +1,6 @@
 """The stages as the command line runs them: on the recipe's data set, or on the storybook's world."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -55,5 +56,5 @@ def few_captions(recipe: StageRecipe, most: int = 4) -> OpenSource:
 
 def values_of(recipe: StageRecipe, *names: str) -> dict[str, Any]:
     """Values of a recipe by their flat names, to make another kind of recipe with."""
-    places = {name: flat_keys(type(recipe))[name] for name in names}
-    return {name: getattr(getattr(recipe, table), key) for name, (table, key) in places.items()}
+    known = flat_keys(type(recipe))
+    return {name: reduce(getattr, known[name], recipe) for name in names}

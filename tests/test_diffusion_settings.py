@@ -25,9 +25,10 @@ from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.formats import read
 from trainer.diffusion import load_frozen_diffusion
 from trainer.diffusion.flow import Flux
+from trainer.evaluation.evaluate import EvaluateRecipe, evaluate
 from trainer.feature_cache.cache import CachedFeatures
 from trainer.stages.align import AlignRecipe
-from trainer.storybook.benchmark.evaluate import EvaluateRecipe, evaluate
+from trainer.storybook.benchmark.evaluate import StorybookEvaluateRecipe, evaluate_storybook
 from trainer.storybook.world.export import export_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -231,29 +232,29 @@ def test_the_sizes_that_are_proposed_instead_can_be_taken(folders, family, size)
 
 
 @pytest.fixture
-def evaluation(trained):
+def parts(trained):
     folder, parts = trained
-    return EvaluateRecipe(
-        **parts, adapter=str(folder / "align" / "adapter"), mapper=str(folder / "align" / "mapper.safetensors"),
-        stories=1, steps=1, captions=1,
-    )  # fmt: skip
+    run = folder / "align"
+    return parts | {"adapter": str(run / "adapter"), "mapper": str(run / "mapper.safetensors")}
 
 
 @pytest.mark.slow
-def test_an_evaluation_draws_in_the_precision_that_was_asked_for(evaluation, tmp_path):
+def test_an_evaluation_draws_in_the_precision_that_was_asked_for(parts, tmp_path):
+    recipe = StorybookEvaluateRecipe(**parts, stories=1, steps=1, captions=1, systems=("vokens",))
     drawn = []
     for precision in ("float32", "bf16"):  # in the same folder, where what was drawn in another is not taken
-        rows = ("vokens_consistent",)
-        evaluate(replace(evaluation, rows=rows, diffusion_precision=precision), tmp_path)
-        files = sorted((tmp_path / "pictures" / rows[0]).rglob("*.png"))
+        evaluate_storybook(replace(recipe, diffusion_precision=precision), tmp_path)
+        files = sorted((tmp_path / "pictures" / "vokens").rglob("*.png"))
         drawn.append([np.asarray(Image.open(file), float) for file in files])
     assert 0 < np.abs(drawn[0][1] - drawn[1][1]).mean() < 8
 
 
 @pytest.mark.slow
-def test_an_evaluation_on_data_draws_pictures_of_the_size_that_was_asked_for(evaluation, tmp_path):
+def test_an_evaluation_on_data_draws_pictures_of_the_size_that_was_asked_for(parts, tmp_path):
     data = str(export_stories("jsonl", 1, 4, tmp_path / "data"))
-    recipe = replace(evaluation, data=data, write=False, rows=("vokens", "oracle"), picture_size=64)
+    recipe = EvaluateRecipe(
+        **parts, stories=1, steps=1, data=data, write=False, systems=("vokens", "oracle"), picture_size=64
+    )
     evaluate(recipe, tmp_path / "out")
     files = sorted((tmp_path / "out" / "pictures").rglob("*.png"))
     assert {file.parents[1].name for file in files} == {"vokens", "oracle", "true"}
@@ -261,4 +262,4 @@ def test_an_evaluation_on_data_draws_pictures_of_the_size_that_was_asked_for(eva
     with pytest.raises(BadInputError, match="picture_size is 60, .* multiples of 8"):
         evaluate(change_recipe(recipe, picture_size=60), tmp_path / "out")
     with pytest.raises(BadInputError, match="picture_size is 64, but data is not set"):
-        change_recipe(recipe, data="")
+        StorybookEvaluateRecipe(picture_size=64)

@@ -7,11 +7,11 @@
     finetune             stage 2: interleaved stories
     mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
-    caption-adapter      the benchmark's rival: the LLM writes captions
+    caption-adapter      the benchmark's caption baseline: the LLM writes captions
     data check PATH      read a data set of yours, and say what is in it and what is broken
     data cache PATH      compute once what training needs of its pictures and captions
     data export PATH     write the storybook's stories in any of the formats, to see how one looks
-    evaluate             the benchmark: vokens beside the two-stage pipeline, with a report
+    evaluate             vokens beside the two-stage pipeline, on the storybook or a data set, with a report
     convert              published checkpoints into our files (convert --help)
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
     ablate               short trainings with one thing changed, each measured
@@ -25,8 +25,10 @@ Exit codes: 0 done, or ended by SIGTERM with the work saved; 1 a check failed, o
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minigpt5_core.errors import BadInputError
 
@@ -36,6 +38,7 @@ from .convert.cli import run as run_convert
 
 if TYPE_CHECKING:
     from .data.source import OpenSource
+    from .evaluation.evaluate import EvaluateRecipe
     from .training.config import StageRecipe
 
 
@@ -56,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--seed", type=int, help="another seed takes other stories")
             command.add_argument("--data", help="a data set in place of the storybook's world")
             command.add_argument("--format", help=f"of --data: {', '.join(LAYOUTS)}")
-            command.add_argument("--systems", help="rows of the table, such as vokens,two_stage,oracle")
+            command.add_argument("--systems", help="whom to compare, such as vokens,two_stage,oracle")
         if name in ("align", "finetune", "mapper"):
             command.add_argument("--resume", action="store_true", help="go on from the state saved in --out")
         if name in ("align", "finetune", "mapper", "storybook-diffusion", "image-adapter"):
@@ -206,15 +209,49 @@ def _caption_adapter(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from .common.recipe import load_recipe
-    from .storybook.benchmark.evaluate import EvaluateRecipe, evaluate
+    evaluate, recipe = _evaluation(arguments)
+    evaluate(recipe, arguments.out)
+    return 0
+
+
+def _evaluation(arguments: argparse.Namespace) -> "tuple[Callable[[Any, Path], dict], EvaluateRecipe]":
+    """The program that `arguments` ask for, with its recipe: on a data set where one is named, else the benchmark."""
+    from .common.recipe import build_recipe, read_values
+    from .evaluation.evaluate import EvaluateRecipe, evaluate
 
     given = {name: getattr(arguments, name) for name in ("stories", "seed", "data", "format")}
     if arguments.systems is not None:
-        given["rows"] = json.dumps(arguments.systems.split(","))
+        given["systems"] = json.dumps(arguments.systems.split(","))
     changes = [f"{name}={value}" for name, value in given.items() if value is not None]
-    evaluate(load_recipe(EvaluateRecipe, arguments.recipe, arguments.set + changes), arguments.out)
-    return 0
+    values = read_values(EvaluateRecipe, arguments.recipe, arguments.set + changes)
+    source = str(arguments.recipe or "--set")
+    if values.get("data"):
+        return evaluate, build_recipe(EvaluateRecipe, _without_storybook(values), source)
+    from .storybook.benchmark.evaluate import StorybookEvaluateRecipe, evaluate_storybook
+
+    return evaluate_storybook, build_recipe(StorybookEvaluateRecipe, values, source)
+
+
+def _without_storybook(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without the keys and systems that the storybook's benchmark alone has; what is left out is said."""
+    from .evaluation.evaluate import EvaluateRecipe
+    from .evaluation.systems import SYSTEMS
+
+    general, names = {field.name for field in fields(EvaluateRecipe)}, values.get("systems", SYSTEMS)
+    if not isinstance(names, list | tuple) or (values.keys() <= general and set(names) <= set(SYSTEMS)):
+        return values
+    from .storybook.benchmark import evaluate as benchmark
+
+    keys = {field.name for field in fields(benchmark.StorybookEvaluateRecipe)} - general
+    systems = [name for name in names if name in benchmark.SYSTEMS and name not in SYSTEMS]
+    kept = [name for name in names if name not in systems]
+    if not kept:
+        raise BadInputError(
+            f"systems: {', '.join(systems)} need the storybook's world. On data: {', '.join(SYSTEMS)}."
+        )
+    if left_out := [*sorted(keys & values.keys()), *systems]:
+        print(f"left out, being about the storybook's world alone: {', '.join(left_out)}")
+    return {key: value for key, value in values.items() if key not in keys} | {"systems": kept}
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
@@ -249,11 +286,11 @@ COMMANDS = {
     ),
     "caption-adapter": (
         _caption_adapter,
-        "the benchmark's rival: an LLM tuned to write captions for its pictures",
+        "the benchmark's caption baseline: an LLM tuned to write captions for its pictures",
     ),
     "evaluate": (
         _evaluate,
-        "the benchmark: vokens beside the two-stage pipeline, with intervals and a report",
+        "vokens beside the two-stage pipeline, on the storybook or a data set, with intervals and a report",
     ),
     "ablate": (_ablate, "short trainings with one thing changed at a time, each measured by the benchmark"),
     "storybook-score": (_score, "illustrate held-out stories, their sentences given, and score the pictures"),

@@ -127,3 +127,10 @@ def test_an_interval_is_over_stories():
     same = resampled(inception_score, [(np.tile(features[:2], (20, 1)), groups)])  # stories of one kind
     assert same.low == pytest.approx(same.mean) and same.high == pytest.approx(same.mean)
     assert resampled(kernel_distance, [(features[:1], groups[:1]), (features, groups)]) is None
+
+
+def test_the_sets_of_an_interval_are_resampled_by_the_same_stories():
+    """Two features a story, all moved by 2: whichever stories are drawn, the sets of a draw differ by that alone."""
+    features, groups = np.random.default_rng(0).normal(size=(12, 1)), np.repeat(np.arange(6), 2)
+    spread = resampled(frechet_distance, [(features, groups), (features + 2, groups)])
+    assert (spread.low, spread.mean, spread.high) == pytest.approx((4.0, 4.0, 4.0))

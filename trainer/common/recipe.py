@@ -1,7 +1,7 @@
 """Recipes: TOML files read into frozen dataclasses; a key nobody knows is refused, any value can be set by hand.
 
-A recipe whose fields are dataclasses has a TOML table for each. One that names its `FORMER` keys takes every key of its
-tables flat as well, as recipes were written before there were tables.
+A recipe whose fields are dataclasses has a TOML table for each. `FORMER` of its class are keys by other names, such as
+they had before, {old: "key" or "table.key"}; with `FLAT` it takes the keys of its tables outside of them as well.
 """
 
 import dataclasses
@@ -20,11 +20,19 @@ def load_recipe(kind: type[Recipe], path: Path | None, changes: list[str]) -> Re
 
     Raises BadInputError for a missing file, broken TOML, an unknown key or a value of the wrong type.
     """
+    return build_recipe(kind, read_values(kind, path, changes), str(path) if path else "--set")
+
+
+def read_values(kind: type, path: Path | None, changes: list[str]) -> dict[str, Any]:
+    """What the recipe at `path` says, with `key=value` changes laid over it, every key in its place.
+
+    Raises BadInputError for a missing file, broken TOML or a change that is not one.
+    """
     source = str(path) if path else "--set"
-    values = _in_tables(kind, _read(path), source) if path else {}
+    values = in_place(kind, _read(path), source) if path else {}
     for change in changes:
-        _merge(values, _in_tables(kind, _read_change(change), source), change)
-    return build_recipe(kind, values, source)
+        _merge(values, in_place(kind, _read_change(change), source), change)
+    return values
 
 
 def make_recipe(kind: type[Recipe], **values: Any) -> Recipe:
@@ -37,7 +45,7 @@ def change_recipe(recipe: Recipe, **values: Any) -> Recipe:
     kind = type(recipe)
     merged = dataclasses.asdict(recipe)  # type: ignore[call-overload]
     for name, value in values.items():
-        _merge(merged, _in_tables(kind, {name: value}, kind.__name__), name)
+        _merge(merged, in_place(kind, {name: value}, kind.__name__), name)
     return build_recipe(kind, merged, kind.__name__)
 
 
@@ -57,11 +65,7 @@ def _read_change(change: str) -> dict[str, Any]:
     key, equals, value = change.partition("=")
     if not equals:
         raise BadInputError(f"--set {change!r} has no '='. Write --set key=value, e.g. --set steps=100.")
-    *tables, name = key.strip().split(".")
-    read: dict[str, Any] = {name: _parse(value.strip())}
-    for table in reversed(tables):
-        read = {table: read}
-    return read
+    return _nested(tuple(key.strip().split(".")), _parse(value.strip()))
 
 
 def _parse(text: str) -> Any:
@@ -72,8 +76,15 @@ def _parse(text: str) -> Any:
         return text
 
 
+def merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Values with others laid over them, table by table and key by key."""
+    both = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    _merge(both, changes, "a change")
+    return both
+
+
 def _merge(values: dict[str, Any], change: dict[str, Any], told: str) -> None:
-    """Lays nested values over others, key by key."""
+    """Lays nested values over others, key by key, in place."""
     for name, value in change.items():
         if not isinstance(value, dict) or name not in values:
             values[name] = value
@@ -83,55 +94,65 @@ def _merge(values: dict[str, Any], change: dict[str, Any], told: str) -> None:
             raise BadInputError(f"--set {told!r}: {name} is a value, not a table. Write --set {name}=value.")
 
 
-def flat_keys(kind: type) -> dict[str, tuple[str, str]]:
-    """Where each key of a recipe's tables belongs, (table, key), by its flat name and by those it had before."""
-    tables = _tables(kind)
-    found = {
-        field.name: (table, field.name)
-        for table, inner in tables.items()
-        for field in dataclasses.fields(inner)
-    }
-    former: dict[str, str] = getattr(kind, "FORMER", {})
-    for old, new in former.items():
-        table, _, key = new.partition(".")
-        found[old] = table, key
-    return found
+def in_place(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
+    """The values with every key that `kind` knows by another name, or in another place, where it belongs.
 
-
-def _tables(kind: type) -> dict[str, Any]:
-    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
-
-
-def _in_tables(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
-    """The values with every flat key in its table, for a kind of recipe that takes flat keys."""
-    if not hasattr(kind, "FORMER"):
-        return values
-    tables, flat = _tables(kind), flat_keys(kind)
+    BadInputError, opening with `source`, for a key that a kind with flat keys does not know.
+    """
+    own = {field.name for field in dataclasses.fields(kind)}
+    tables, elsewhere = _tables(kind), flat_keys(kind)
     placed: dict[str, Any] = {}
     for name, value in values.items():
-        if name in tables and isinstance(value, dict):
+        if name in elsewhere and not (name in tables and isinstance(value, dict)):
+            path = elsewhere[name]
+            _say_if_former(name, path)
+            _merge(placed, _nested(path, value), name)
+        elif name in own or not getattr(kind, "FLAT", False):
             _merge(placed, {name: value}, name)
-        elif name in flat:
-            table, key = flat[name]
-            _say_if_former(name, table, key)
-            _merge(placed, {table: {key: value}}, name)
         else:
-            known = ", ".join(sorted(set(flat) - set(kind.FORMER)))
+            known = ", ".join(sorted(set(elsewhere) - set(_former(kind))))
             raise BadInputError(
                 f"{source}: unknown key {name!r}. Valid keys: {known}; in tables: [{'], ['.join(tables)}]."
             )
     return placed
 
 
-def _say_if_former(name: str, table: str, key: str) -> None:
-    if name not in (key, table):
-        print(f"{name} is called {key} now, in the table [{table}]; the old name goes on working.")
+def flat_keys(kind: type) -> dict[str, tuple[str, ...]]:
+    """Where each key belongs that `kind` takes in another place too, (table, key) or (key,), by its name there."""
+    tables = _tables(kind) if getattr(kind, "FLAT", False) else {}
+    found: dict[str, tuple[str, ...]] = {
+        field.name: (table, field.name)
+        for table, inner in tables.items()
+        for field in dataclasses.fields(inner)
+    }
+    return found | {old: tuple(new.split(".")) for old, new in _former(kind).items()}
+
+
+def _former(kind: type) -> dict[str, str]:
+    return getattr(kind, "FORMER", {})
+
+
+def _tables(kind: type) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
+
+
+def _nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    for name in reversed(path):
+        value = {name: value}
+    return value
+
+
+def _say_if_former(name: str, path: tuple[str, ...]) -> None:
+    """Of a key that has another name now; one that is only in a table now goes on without a word."""
+    if name not in path:
+        where = f", in the table [{path[0]}]" if len(path) > 1 else ""
+        print(f"{name} is called {path[-1]} now{where}; the old name goes on working.")
 
 
 def build_recipe(kind: type[Recipe], values: dict[str, Any], source: str) -> Recipe:
     """A recipe from decoded TOML; BadInputError, opening with `source`, for unknown keys and wrong types."""
     hints = get_type_hints(kind)
-    values = _in_tables(kind, values, source)
+    values = in_place(kind, values, source)
     return build(
         kind, {key: _coerce(value, hints.get(key), key, source) for key, value in values.items()}, source
     )

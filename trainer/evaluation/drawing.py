@@ -1,12 +1,17 @@
-"""Draws one picture from conditioning or from a text, and gets the voken states that conditioning is made of."""
+"""Draws one picture from voken states or from a text, and gets the voken states of a story's last turn.
 
-from collections.abc import Sequence
+A `System` is one way to illustrate a story: each draws scene by scene, as a reader would wait for it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
 
-from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.diffusion import prompt_arguments
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
 from minigpt5_core.llm import FrozenLLM
@@ -16,10 +21,13 @@ from minigpt5_core.vokens import block_starts
 
 BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)
 
+Scene = TypeVar("Scene")
+SceneOfSystem = TypeVar("SceneOfSystem", contravariant=True)
+
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn, the same for all rows. `picture_size` is in pixels (0: the model's own)."""
+class DrawSettings:
+    """How pictures are drawn, the same for all systems. `picture_size` is in pixels (0: the model's own)."""
 
     steps: int
     guidance: float
@@ -27,16 +35,35 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnScene:
     """One scene's picture, how many tokens the LLM emitted for it, and how long all took, in seconds.
 
-    `text` is what the LLM wrote, where the text was not given.
+    `text` is the scene's text, where the system wrote or chose one.
     """
 
     picture: Image.Image
-    llm_tokens: int
-    seconds: float
+    llm_tokens: int = 0
+    seconds: float = 0.0
     text: str = ""
+
+
+class System(Protocol[SceneOfSystem]):
+    """One way to illustrate a story: its scenes and a seed -> each scene's picture, drawn when it is asked for.
+
+    Scene i, counted from 0, is drawn with the seed plus i.
+    """
+
+    def __call__(self, scenes: Sequence[SceneOfSystem], seed: int, /) -> Iterator[DrawnScene]: ...
+
+
+def scene_by_scene(
+    scenes: Sequence[Scene], seed: int, draw: Callable[[Scene, int], tuple[Image.Image, int, str]]
+) -> Iterator[DrawnScene]:
+    """Each scene as `draw(scene, seed + index)` gives it, a picture, LLM tokens and a text, with the time it took."""
+    for index, scene in enumerate(scenes):
+        began = time.perf_counter()
+        picture, llm_tokens, text = draw(scene, seed + index)
+        yield DrawnScene(picture, llm_tokens, time.perf_counter() - began, text)
 
 
 def voken_states(llm: FrozenLLM, turns: Sequence[Turn], cache: StoryCache | None = None) -> torch.Tensor:
@@ -47,25 +74,27 @@ def voken_states(llm: FrozenLLM, turns: Sequence[Turn], cache: StoryCache | None
     return generate(llm, [read], BLOCK_ONLY, [0], cache)[0].voken_states
 
 
-def draw_conditioning(
-    teller: StoryTeller, drawing: Drawing, positive: Conditioning, negative: Conditioning, seed: int
+def draw_vokens(
+    teller: StoryTeller, settings: DrawSettings, states: torch.Tensor, seed: int, mapper: Mapper | None = None
 ) -> Image.Image:
-    """One picture from conditioning."""
-    return _draw(teller, drawing, seed, **prompt_arguments(positive, negative, teller.diffusion.dtype))
+    """One picture from voken states (1, V, L), by the teller's mapper or another of the same voken count and width."""
+    chosen = mapper or teller.mapper
+    prompts = prompt_arguments(chosen(states), chosen.negative(), teller.diffusion.dtype)
+    return _draw(teller, settings, seed, **prompts)
 
 
-def draw_prompt(teller: StoryTeller, drawing: Drawing, prompt: str, seed: int) -> Image.Image:
-    """One picture from a text."""
-    return _draw(teller, drawing, seed, prompt=prompt, negative_prompt="")
+def draw_prompt(teller: StoryTeller, settings: DrawSettings, prompt: str, seed: int) -> Image.Image:
+    """One picture from a text, which the diffusion model's own text encoder reads; the negative prompt is empty."""
+    return _draw(teller, settings, seed, prompt=prompt, negative_prompt="")
 
 
 @torch.no_grad()
-def _draw(teller: StoryTeller, drawing: Drawing, seed: int, **told: object) -> Image.Image:
+def _draw(teller: StoryTeller, settings: DrawSettings, seed: int, **prompts: object) -> Image.Image:
     return teller.diffusion(
-        **told,
-        height=drawing.picture_size or None,
-        width=drawing.picture_size or None,
-        num_inference_steps=drawing.steps,
-        guidance_scale=drawing.guidance,
+        **prompts,
+        height=settings.picture_size or None,
+        width=settings.picture_size or None,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
         generator=seeded_generator(seed),
     ).images[0]

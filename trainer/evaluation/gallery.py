@@ -8,26 +8,29 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from accelerate import PartialState
+
 from minigpt5_core.rasters import open_picture
 
 from ..common.progress import Progress
-from .drawing import Drawn
+from .drawing import DrawnScene, System
 
 NOTES = "drawn.json"
-Story = TypeVar("Story")
+STRIDE = 1000  # between the seeds of two stories, and of two evaluations' first stories
+Scene = TypeVar("Scene")
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """One row's stories in a folder, drawn with what `settings` stands for."""
+    """One system's stories in a folder, drawn with what `settings` stands for."""
 
     folder: Path
-    settings: str
+    settings: str = ""
 
     def story(self, number: int) -> Path:
         """Where a story's pictures lie."""
@@ -41,32 +44,36 @@ class Gallery:
         """Whether the story is there, drawn with these settings."""
         return self._notes(number).get("settings") == self.settings
 
-    def save(self, number: int, drawn: Sequence[Drawn]) -> None:
+    def save(self, number: int, scenes: Sequence[DrawnScene]) -> None:
         """Writes a story beside its place and moves it there."""
         place = self.story(number)
         fresh = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        for scene, one in enumerate(drawn):
-            one.picture.save(fresh / self.picture(number, scene).name)
+        for index, scene in enumerate(scenes):
+            scene.picture.save(fresh / self.picture(number, index).name)
         notes = {
             "settings": self.settings,
-            "tokens": [one.llm_tokens for one in drawn],
-            "seconds": [round(one.seconds, 4) for one in drawn],
-            "texts": [one.text for one in drawn],
+            "tokens": [scene.llm_tokens for scene in scenes],
+            "seconds": [round(scene.seconds, 4) for scene in scenes],
+            "texts": [scene.text for scene in scenes],
         }
         (fresh / NOTES).write_text(json.dumps(notes) + "\n")
         shutil.rmtree(place, ignore_errors=True)
         os.replace(fresh, place)
 
-    def load(self, number: int) -> list[Drawn]:
+    def load(self, number: int) -> list[DrawnScene]:
         """A story that is there."""
         notes = self._notes(number)
-        told = zip(notes["tokens"], notes["seconds"], notes["texts"], strict=True)
+        scenes = zip(notes["tokens"], notes["seconds"], notes["texts"], strict=True)
         return [
-            Drawn(open_picture(self.picture(number, scene)).convert("RGB"), *each)
-            for scene, each in enumerate(told)
+            DrawnScene(open_picture(self.picture(number, index)).convert("RGB"), *scene)
+            for index, scene in enumerate(scenes)
         ]
+
+    def load_all(self, count: int) -> list[list[DrawnScene]]:
+        """The first `count` stories, all of which are there."""
+        return [self.load(number) for number in range(count)]
 
     def _notes(self, number: int) -> dict:
         try:
@@ -75,27 +82,37 @@ class Gallery:
             return {}
 
 
+def true_gallery(out: Path) -> Gallery:
+    """Where an evaluation into `out` lays what each picture should show; it is written anew every time."""
+    return Gallery(out / "pictures" / "true")
+
+
 def draw_missing(
-    told: Sequence[tuple[int, Story]],
+    processes: PartialState,
+    stories: Sequence[Sequence[Scene]],
     seed: int,
-    stride: int,
-    ways: Mapping[str, Callable[[Story, int], Iterator[Drawn]]],
+    systems: Mapping[str, System[Scene]],
     galleries: Mapping[str, Gallery],
+    stride: int = STRIDE,
 ) -> None:
-    """Story by story, each in all ways in turn, so that a busy machine slows none of them more than the others."""
-    progress = Progress(len(told))
-    for done, (number, story) in enumerate(told, 1):
-        missing = [name for name in ways if not galleries[name].has(number)]
+    """This process's share of the stories, each by all systems whose gallery lacks it.
+
+    Story by story, each by all systems in turn, so that a busy machine slows none of them more than the others. Story n
+    is drawn with the seed `STRIDE * seed + stride * n`, whichever process draws it.
+    """
+    share = list(enumerate(stories))[processes.process_index :: processes.num_processes]
+    progress = Progress(len(share))
+    for done, (number, scenes) in enumerate(share, 1):
         pictures = 0
-        for name in missing:
-            drawn = list(ways[name](story, seed + stride * number))
+        for name in [name for name in systems if not galleries[name].has(number)]:
+            drawn = list(systems[name](scenes, STRIDE * seed + stride * number))
             galleries[name].save(number, drawn)
             pictures += len(drawn)
         progress.update(done, pictures)
 
 
 def write_stories(out: Path, name: str, texts: Sequence[Sequence[str]], gallery: Gallery) -> None:
-    """Writes a row's stories as `NAME.jsonl`: text and picture items in order, a story a line."""
+    """Writes a system's stories as `NAME.jsonl`: text and picture items in order, a story a line."""
     lines = []
     for number, story in enumerate(texts):
         items: list[dict[str, str]] = []

@@ -1,7 +1,8 @@
-"""The benchmark's report as a page: table with intervals, plots, stories side by side. Every text is escaped."""
+"""An evaluation's report as a page: table with intervals, plots, stories side by side. Every text is escaped."""
 
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -15,43 +16,65 @@ from ..common.images import grid
 from .gallery import Gallery
 
 SHOWN_STORIES = 8
-WAYS = {  # of `three_ways.png`, from top to bottom
+COMPARED = {  # in `three_ways.png`, from top to bottom
     "vokens": "vokens: the story so far",
     "two_stage": "two-stage: the sentence alone is drawn",
     "oracle": "oracle: the true full caption is drawn",
 }
 PLOTTED = (
-    "hero_unnamed", "prop_carried", "place", "time", "consistency", "image_similarity", "clip_i", "dino_i", "clip_t",
-    "mm_relevance", "sentence_bert", "rouge_l",
+    "clip_i", "dino_i", "clip_t", "mm_relevance", "sentence_bert", "rouge_l",
 )  # fmt: skip
 BAR, GAP, LABEL, WIDTH = 20, 6, 150, 320  # of a plot, in pixels
 
 
-def write_report(out: Path, report: dict, told: Sequence[Sequence[str]], captions: Sequence[str]) -> None:
-    """Writes `report.html` with the pictures it shows (`report/`), `report.md`, `report.csv` and `three_ways.png`.
+def write_report(
+    out: Path,
+    report: dict,
+    introduction: str,
+    texts: Sequence[Sequence[str]],
+    captions: Sequence[str] = (),
+    plotted: Sequence[str] = PLOTTED,
+) -> None:
+    """Writes `report.json`, `report.html` with what it shows (`report/`), `report.md`, `report.csv`, `three_ways.png`.
 
-    The pictures are read from `out/pictures`; `captions` are those of the first sheet of single captions.
+    `introduction` says what was measured; `texts` are the stories' sentences, scene by scene; `captions` those of the
+    first sheet of single captions; `plotted` the columns from 0 to 1 that tell most. The pictures are read from
+    `out/pictures`. The last file takes all systems of COMPARED.
     """
-    shown = list(enumerate(told[:SHOWN_STORIES]))
+    rows = report["rows"]
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "report.html").write_text(
+        _page(out, report, introduction, texts, captions, plotted), encoding="utf-8"
+    )
+    (out / "report.md").write_text(as_markdown(rows), encoding="utf-8")
+    _write_csv(out / "report.csv", rows)
+    if all(name in rows for name in COMPARED):
+        _three_ways(out, texts[0]).save(out / "three_ways.png", optimize=True)
+
+
+def _page(
+    out: Path,
+    report: dict,
+    introduction: str,
+    texts: Sequence[Sequence[str]],
+    captions: Sequence[str],
+    plotted: Sequence[str],
+) -> str:
+    rows = report["rows"]
     parts = [
         "<h1>Vokens beside the two-stage pipeline</h1>",
-        f"<p>{escape(_introduction(report['settings']))} In small print: 95 % interval by bootstrap over stories.</p>",
-        _table(report["rows"]),
+        f"<p>{escape(introduction)} In small print: 95 % interval by bootstrap over stories.</p>",
+        _table(rows),
         "<h2>Plots</h2><div class=plots>",
-        *(_plot(column, report["rows"]) for column in _plotted(report["rows"])),
+        *(_plot(column, rows) for column in plotted if any(cells.get(column) for cells in rows.values())),
         "</div>",
         _reasons(report.get("reasons", {})),
         _ahead(report["differences"]),
         "<h2>Stories</h2><p>The first ones, nothing chosen; <i>true</i> is what each picture should show.</p>",
-        *(_story(out, number, story, ["true", *report["rows"]]) for number, story in shown),
+        *(_story(out, number, story, rows) for number, story in enumerate(texts[:SHOWN_STORIES])),
         _captions(out, captions),
     ]
-    html = page("Vokens beside the two-stage pipeline", "\n".join(parts), _STYLE)
-    (out / "report.html").write_text(html, encoding="utf-8")
-    (out / "report.md").write_text(as_markdown(report["rows"]), encoding="utf-8")
-    _write_csv(out / "report.csv", report["rows"])
-    if all(name in report["rows"] for name in WAYS):
-        _three_ways(out, told[0]).save(out / "three_ways.png", optimize=True)
+    return page("Vokens beside the two-stage pipeline", "\n".join(parts), _STYLE)
 
 
 def _write_csv(path: Path, rows: dict[str, dict]) -> None:
@@ -79,31 +102,6 @@ def _plain(cell: dict[str, float] | None) -> str:
     return "–" if cell is None else f"{cell['mean']:.3g} ({cell['low']:.3g} to {cell['high']:.3g})"
 
 
-def _introduction(settings: dict) -> str:
-    """What was measured, in a sentence or two."""
-    drawn = (
-        f"{settings['scenes']} scenes in all, {settings['steps']} steps, guidance {settings['guidance']:g}."
-    )
-    if settings["data"]:
-        written = (
-            "The LLM wrote the texts." if settings["write"] else "The true texts were given to every row."
-        )
-        return f"{settings['stories']} stories of {settings['data']}, {drawn} {written}"
-    return (
-        f"{settings['stories']} {settings['split']} stories, seed {settings['seed']}, {drawn} Their sentences are "
-        f"given to every row. The scorer is right on {_percents(settings['scorer_accuracy'])} of fresh renders."
-    )
-
-
-def _plotted(rows: dict[str, dict]) -> list[str]:
-    """The columns from 0 to 1 that tell most, of those that were measured."""
-    return [name for name in PLOTTED if any(cells.get(name) for cells in rows.values())]
-
-
-def _percents(accuracy: dict[str, float]) -> str:
-    return ", ".join(f"{100 * value:.1f} % ({fact})" for fact, value in accuracy.items())
-
-
 def _reasons(reasons: dict[str, str]) -> str:
     """Why a column has no value."""
     items = "".join(f"<li>{escape(name)}: {escape(reason)}</li>" for name, reason in reasons.items())
@@ -121,10 +119,10 @@ def _ahead(differences: dict[str, dict]) -> str:
 
 
 def _three_ways(out: Path, story: Sequence[str]) -> Image.Image:
-    """One story as each of `WAYS` draws it, its sentences below."""
+    """The first story as each of `COMPARED` draws it, its sentences below."""
     sheets = []
-    for number, (name, label) in enumerate(WAYS.items()):
-        scenes = tuple(Scene(text if number == len(WAYS) - 1 else "") for text in story)
+    for number, (name, label) in enumerate(COMPARED.items()):
+        scenes = tuple(Scene(text if number == len(COMPARED) - 1 else "") for text in story)
         pictures: list[Image.Image | None] = [*_pictures(out, name, 0)]
         sheets += [_band(label), draw_strip(Story("", 0, scenes), pictures)]
     sheet = Image.new("RGB", (sheets[-1].width, sum(each.height for each in sheets)), BACKGROUND)
@@ -143,10 +141,10 @@ def _band(label: str) -> Image.Image:
 
 
 def _pictures(out: Path, name: str, number: int) -> list[Image.Image]:
-    return [one.picture for one in Gallery(out / "pictures" / name, "").load(number)]
+    return [scene.picture for scene in Gallery(out / "pictures" / name).load(number)]
 
 
-def _shown(out: Path, name: str, number: int) -> str:
+def _strip_file(out: Path, name: str, number: int) -> str:
     """Keeps a story's strip, small enough for a page in `report/`; returns where, as the page names it."""
     target = f"report/{name.replace('/', '_')}_{number:03}.webp"
     (out / "report").mkdir(exist_ok=True)
@@ -195,15 +193,16 @@ def _bar(index: int, name: str, cell: dict[str, float]) -> str:
     )
 
 
-def _story(out: Path, number: int, story: Sequence[str], names: list[str]) -> str:
-    return _strips(story, {name: _shown(out, name, number) for name in names})
+def _story(out: Path, number: int, story: Sequence[str], systems: Iterable[str]) -> str:
+    """A story's sentences, and below each other what each picture should show and what the systems have drawn."""
+    return _strips(story, {name: _strip_file(out, name, number) for name in ("true", *systems)})
 
 
 def _captions(out: Path, captions: Sequence[str]) -> str:
-    """The first sheet of single captions, in the ways that draw them."""
+    """The first sheet of single captions, by the systems that draw them."""
     files = {
-        name: _shown(out, f"captions/{name}", 0)
-        for name in WAYS
+        name: _strip_file(out, f"captions/{name}", 0)
+        for name in COMPARED
         if (out / "pictures" / "captions" / name).is_dir()
     }
     return f"<h2>Single captions</h2>{_strips(captions, files)}" if files else ""

@@ -170,6 +170,7 @@ class StageRecipe:
     `FORMER` are keys by names that they had, or have, outside of their table.
     """
 
+    FLAT: ClassVar[bool] = True
     stage: ClassVar[str] = ""
     default_task: ClassVar[str] = "story"
     FORMER: ClassVar[dict[str, str]] = {

@@ -9,6 +9,7 @@ What was trained or measured by the same recipe is not trained or measured again
 import hashlib
 import json
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -21,17 +22,19 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.metrics import bootstrap
 from minigpt5_core.story.prompts import Turn
 
-from ...common.recipe import build_recipe
+from ...common.recipe import build_recipe, in_place, merged
 from ...evaluation.table import cell
 from ...llm.sequences import story_losses, story_sequence
 from ...stages.align import AlignRecipe, train_align
 from ...stages.finetune import FinetuneRecipe, train_finetune
 from ..world.source import open_storybook
 from ..world.stories import stories
-from .evaluate import EvaluateRecipe, evaluate, load_teller
+from .evaluate import StorybookEvaluateRecipe, evaluate_storybook, load_teller
 
-STAGES = ("align", "finetune", "evaluate")
+STAGES = {"align": AlignRecipe, "finetune": FinetuneRecipe, "evaluate": StorybookEvaluateRecipe}
 SHOWN = ("hero_unnamed", "prop_carried", "place", "time", "image_similarity", "text_loss")
+
+Evaluate = Callable[[StorybookEvaluateRecipe, Path], dict]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Variant:
 
     align: AlignRecipe | None
     finetune: FinetuneRecipe | None
-    evaluate: EvaluateRecipe
+    evaluate: StorybookEvaluateRecipe
 
     def __post_init__(self) -> None:
         if self.align is None and self.finetune is None:
@@ -69,28 +72,36 @@ def read_variants(path: Path) -> dict[str, Variant]:
 
 
 def _variant(values: dict[str, dict], change: dict[str, dict], source: str) -> Variant:
-    laid = {stage: values.get(stage, {}) | change.get(stage, {}) for stage in STAGES}
-    measured = {"rows": ["vokens"]} | laid["evaluate"]
+    laid = {
+        stage: merged(
+            in_place(kind, values.get(stage, {}), source), in_place(kind, change.get(stage, {}), source)
+        )
+        for stage, kind in STAGES.items()
+    }
+    trained = {stage: laid[stage].get("optim", {}).get("steps", 1) for stage in ("align", "finetune")}
     return Variant(
-        build_recipe(AlignRecipe, laid["align"], source) if laid["align"].get("steps", 1) else None,
-        build_recipe(FinetuneRecipe, laid["finetune"], source) if laid["finetune"].get("steps", 1) else None,
-        build_recipe(EvaluateRecipe, measured, source),
+        build_recipe(AlignRecipe, laid["align"], source) if trained["align"] else None,
+        build_recipe(FinetuneRecipe, laid["finetune"], source) if trained["finetune"] else None,
+        build_recipe(StorybookEvaluateRecipe, {"systems": ["vokens"]} | laid["evaluate"], source),
     )
 
 
-def run_ablations(recipe: Path, out: Path) -> dict[str, dict]:
-    """Trains and measures every variant; writes `ablations.json` and `ablations.md`, a row each."""
+def run_ablations(recipe: Path, out: Path, evaluate: Evaluate = evaluate_storybook) -> dict[str, dict]:
+    """Trains and measures every variant; writes `ablations.json` and `ablations.md`, a row each.
+
+    BadInputError for a recipe that names no variant, or what is none, before anything is trained.
+    """
     variants = read_variants(recipe)
     table: dict[str, dict] = {}
     for name, variant in variants.items():
         print(f"variant {name}", flush=True)
-        table[name] = _run(variant, name, out)
+        table[name] = _run(variant, name, out, evaluate)
         (out / "ablations.json").write_text(json.dumps(table, indent=1) + "\n")
         (out / "ablations.md").write_text(as_markdown(table))
     return table
 
 
-def _run(variant: Variant, name: str, out: Path) -> dict[str, Any]:
+def _run(variant: Variant, name: str, out: Path, evaluate: Evaluate) -> dict[str, Any]:
     """The variant's row, measured now or, by the same recipe, before."""
     kept, recipe = out / name / "variant.json", json.loads(json.dumps(asdict(variant)))
     before = json.loads(kept.read_text()) if kept.is_file() else {}
@@ -107,7 +118,7 @@ def _run(variant: Variant, name: str, out: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def text_loss(recipe: EvaluateRecipe) -> dict[str, float] | None:
+def text_loss(recipe: StorybookEvaluateRecipe) -> dict[str, float] | None:
     """The mean over the held-out stories of their text loss (nats a token; words, [IMG0] and end marks), no picture
     shown, with its interval."""
     llm = load_teller(recipe).llm

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from minigpt5_core.metrics import Interval, bootstrap, bootstrap_difference, frechet_distance
+from minigpt5_core.metrics import Interval, bootstrap, frechet_distance
 
 from ...common.images import to_tensor
-from ...evaluation.drawing import Drawn
-from ...evaluation.table import cell
+from ...evaluation.drawing import DrawnScene
+from ...evaluation.table import Cell, cell
+from ...metrics.distances import resampled
 from ..models.scorer import Scorer
 from ..world.state import FACTS, State
 from ..world.stories import TrueScene
@@ -28,38 +29,49 @@ LEAST_FOR_FID = 400  # pictures a side
 
 @dataclass(frozen=True)
 class Measured:
-    """What a row's pictures came to: values by column, one a scene, NaN where undefined; features (N, D)."""
+    """What a system's pictures came to: values by column, one a scene, NaN where undefined; features (N, D)."""
 
     values: dict[str, np.ndarray]
     features: np.ndarray
 
 
 def measure(
-    scorer: Scorer, told: list[list[TrueScene]], drawn: list[list[Drawn]], true_features: np.ndarray
+    scorer: Scorer,
+    true_stories: list[list[TrueScene]],
+    drawn: list[list[DrawnScene]],
+    true_features: np.ndarray,
 ) -> Measured:
-    """Every column that has a value for each scene."""
-    scenes = [scene for story in told for scene in story]
+    """Every column that has a value for each scene; `true_features` (N, D) are of what it should show."""
+    scenes = [scene for story in true_stories for scene in story]
     flat = [scene for story in drawn for scene in story]
     pictures = [scene.picture for scene in flat]
     seen, features = scorer.read(pictures), features_of(scorer, pictures)
-    states = [scene.state for scene in scenes]
-    right = {name: facts_right(states, seen, name) for name in FACTS}
-    named = np.array([scene.names_kind for scene in scenes])
-    prop_named = np.array([scene.names_prop for scene in scenes])
-    carried = np.array([scene.state.prop is not None and not scene.names_prop for scene in scenes])
     lengths = np.linalg.norm(features, axis=1) * np.linalg.norm(true_features, axis=1)
-    values = right | {
-        "hero_named": np.where(named, right["hero"], np.nan),
-        "hero_unnamed": np.where(named, np.nan, right["hero"]),
-        "prop_named": np.where(prop_named, right["prop"], np.nan),
-        "prop_carried": np.where(carried, right["prop"], np.nan),
-        "consistency": _consistency([len(story) for story in told], seen),
-        "identity": _identities(told, pictures, seen),
+    values = scene_facts(scenes, seen) | {
+        "consistency": _consistency([len(story) for story in true_stories], seen),
+        "identity": _identities(true_stories, pictures, seen),
         "image_similarity": (features * true_features).sum(1) / lengths,
         "seconds_per_scene": np.array([scene.seconds for scene in flat]),
         "llm_tokens_per_scene": np.array([float(scene.llm_tokens) for scene in flat]),
     }
     return Measured(values, features)
+
+
+def scene_facts(scenes: Sequence[TrueScene], seen: Sequence[State]) -> dict[str, np.ndarray]:
+    """By column, whether each fact is right, 1 or 0 a scene (N,).
+
+    Of heroes and props also apart where the sentence names them and where it does not, NaN elsewhere.
+    """
+    right = {fact: facts_right([scene.state for scene in scenes], seen, fact) for fact in FACTS}
+    named = np.array([scene.names_kind for scene in scenes])
+    prop_named = np.array([scene.names_prop for scene in scenes])
+    carried = np.array([scene.state.prop is not None and not scene.names_prop for scene in scenes])
+    return right | {
+        "hero_named": np.where(named, right["hero"], np.nan),
+        "hero_unnamed": np.where(named, np.nan, right["hero"]),
+        "prop_named": np.where(prop_named, right["prop"], np.nan),
+        "prop_carried": np.where(carried, right["prop"], np.nan),
+    }
 
 
 def facts_right(true: Sequence[State], seen: Sequence[State], fact: str) -> np.ndarray:
@@ -79,11 +91,11 @@ def _consistency(lengths: Sequence[int], seen: Sequence[State]) -> np.ndarray:
 
 
 def _identities(
-    told: list[list[TrueScene]], pictures: Sequence[Image.Image], seen: Sequence[State]
+    true_stories: list[list[TrueScene]], pictures: Sequence[Image.Image], seen: Sequence[State]
 ) -> np.ndarray:
     """Likeness of each story's hero to its first appearance."""
     values: list[float] = []
-    for story in told:
+    for story in true_stories:
         part = slice(len(values), len(values) + len(story))
         hero = story[0].state.hero
         values += identity(pictures[part], hero, [state.hero == hero for state in seen[part]])
@@ -98,54 +110,53 @@ def features_of(scorer: Scorer, pictures: list[Image.Image]) -> np.ndarray:
 
 
 def single_facts(
-    scorer: Scorer, singles: list[list[TrueScene]], drawn: list[list[Drawn]]
+    scorer: Scorer, singles: list[list[TrueScene]], drawn: list[list[DrawnScene]]
 ) -> dict[str, np.ndarray]:
     """For captions by themselves, whether each fact is right."""
     states = [scene.state for sheet in singles for scene in sheet]
-    seen = scorer.read([one.picture for sheet in drawn for one in sheet])
+    seen = scorer.read([scene.picture for sheet in drawn for scene in sheet])
     return {f"caption_{fact}": facts_right(states, seen, fact) for fact in FACTS}
 
 
 def summarise(
-    told: list[list[TrueScene]],
+    true_stories: list[list[TrueScene]],
     measured: dict[str, Measured],
     true_features: np.ndarray,
     singles: dict[str, dict[str, np.ndarray]],
 ) -> dict:
-    """The report: every column of every row with its interval, and the differences between rows."""
-    groups = np.repeat(np.arange(len(told)), [len(story) for story in told])
-    table: dict[str, dict] = {}
-    for name, row in measured.items():
-        cells = {column: cell(bootstrap(values, groups)) for column, values in row.values.items()}
-        cells["fid"] = cell(_fid(row.features, true_features, groups))
-        alone = singles.get(name, {})
-        cells |= {column: cell(bootstrap(values, np.arange(len(values)))) for column, values in alone.items()}
-        table[name] = {column: cells.get(column) for column in COLUMNS}
+    """The report: every column of every system with its interval, and the differences between systems.
+
+    Intervals are over stories, those of single captions over captions.
+    """
+    groups = np.repeat(np.arange(len(true_stories)), [len(story) for story in true_stories])
+    rows: dict[str, dict] = {}
+    for name, system in measured.items():
+        cells = _cells(system.values, groups) | _cells(singles.get(name, {}))
+        cells["fid"] = cell(_frechet_interval(system.features, true_features, groups))
+        rows[name] = {column: cells.get(column) for column in COLUMNS}
     differences: dict[str, dict] = {}
-    for first, second in combinations(measured, 2):
-        pairs = {
-            column: (values, measured[second].values[column])
-            for column, values in measured[first].values.items()
-        }
-        cells = {column: cell(bootstrap_difference(*pair, groups)) for column, pair in pairs.items()}
-        for column in singles.get(first, {}).keys() & singles.get(second, {}).keys():
-            one, other = singles[first][column], singles[second][column]
-            cells[column] = cell(bootstrap_difference(one, other, np.arange(len(one))))
-        differences[f"{first}-{second}"] = {column: cells.get(column) for column in COLUMNS}
-    return {"rows": table, "differences": differences}
+    for one, other in combinations(measured, 2):
+        cells = _cells(_differences(measured[one].values, measured[other].values), groups)
+        cells |= _cells(_differences(singles.get(one, {}), singles.get(other, {})))
+        differences[f"{one}-{other}"] = {column: cells.get(column) for column in COLUMNS}
+    return {"rows": rows, "differences": differences}
 
 
-def _fid(features: np.ndarray, true: np.ndarray, groups: np.ndarray, draws: int = 100) -> Interval | None:
-    """Frechet distance to the true pictures, whole stories drawn for the interval; None for too few pictures."""
+def _cells(values: dict[str, np.ndarray], groups: np.ndarray | None = None) -> dict[str, Cell]:
+    """Means with intervals over `groups` (N,); without groups over the values themselves."""
+    return {
+        column: cell(bootstrap(each, np.arange(len(each)) if groups is None else groups))
+        for column, each in values.items()
+    }
+
+
+def _differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scene by scene, of the columns that both have."""
+    return {column: one[column] - other[column] for column in one.keys() & other.keys()}
+
+
+def _frechet_interval(features: np.ndarray, true: np.ndarray, groups: np.ndarray) -> Interval | None:
+    """Fréchet distance to the true pictures' features, both (N, D); None for fewer than LEAST_FOR_FID pictures."""
     if len(features) < LEAST_FOR_FID:
         return None
-    chance = np.random.default_rng(0)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    values = []
-    for _ in range(draws):
-        picked = np.concatenate([members[index] for index in chance.integers(0, len(members), len(members))])
-        values.append(frechet_distance(features[picked], true[picked]))
-    low, middle, high = np.percentile(values, (2.5, 50, 97.5))
-    whole = frechet_distance(features, true)
-    # stories drawn twice raise the distance: of the drawn ones only the spread is taken
-    return Interval(whole, float(whole + low - middle), float(whole + high - middle))
+    return resampled(frechet_distance, [(features, groups), (true, groups)])

@@ -1,28 +1,40 @@
-"""Illustrates held-out stories, their sentences given, and scores the pictures against the truth."""
+"""Illustrates held-out stories, their sentences given, and scores the pictures against the truth.
+
+    python -m trainer storybook-score --out runs/score
+
+A quick look with a bar to pass, by the benchmark's own systems and measures: no intervals, and the LLM does not see the
+pictures of its story.
+"""
 
 import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image
 
-from minigpt5_core.pipeline import Parts, StoryTeller, load
-from minigpt5_core.story.prompts import Turn
+from minigpt5_core.pipeline import StoryTeller
 
 from ...common.images import grid
-from ...llm.sequences import story_losses, story_sequence
+from ...evaluation.drawing import DrawSettings, System
+from ...evaluation.evaluate import load_teller
+from ...evaluation.gallery import STRIDE
 from ..models.scorer import load_scorer
 from ..world.state import State
 from ..world.stories import TrueScene, stories
+from .evaluate import StorybookEvaluateRecipe
+from .measure import scene_facts
+from .systems import true_caption, two_stage, vokens
 
 BAR = {"hero_unnamed": 0.60, "place": 0.85, "time": 0.85}
+SHARES = ("hero", "hero_named", "hero_unnamed", "prop", "place", "time")
+SHEET = 48  # pictures on a contact sheet
 
 
 @dataclass(frozen=True)
 class ScoreRecipe:
-    """Which stories, drawn how, by which parts. `oracle` adds a row drawn from the true full captions."""
+    """Which stories, drawn how, by which parts. `oracle` adds a system that draws the true full captions."""
 
     stories: int = 40
     seed: int = 0
@@ -35,81 +47,55 @@ class ScoreRecipe:
     scorer: str = "storybook/benchmark/scorer.safetensors"
     oracle: bool = True
 
+    @property
+    def parts(self) -> StorybookEvaluateRecipe:
+        """The same parts, as the benchmark loads them."""
+        return StorybookEvaluateRecipe(
+            llm=self.llm, adapter=self.adapter, mapper=self.mapper, diffusion=self.diffusion
+        )
+
 
 def score_storybook(recipe: ScoreRecipe, out: Path) -> bool:
-    """Writes `scores.json` and a contact sheet for each row into `out`; whether the vokens pass the bar."""
+    """Writes `scores.json` and a contact sheet for each system into `out`; whether the vokens pass the bar."""
     out.mkdir(parents=True, exist_ok=True)
-    teller = load(
-        Parts(_path(recipe.llm), _path(recipe.adapter), _path(recipe.mapper), _path(recipe.diffusion))
-    )
-    scorer = load_scorer(Path(recipe.scorer))
-    told = list(islice(stories(recipe.seed, "test"), recipe.stories))
-    rows = {"vokens": draw_vokens(teller, told, recipe)}
-    if recipe.oracle:
-        rows["oracle"] = draw_captions(teller, told, recipe)
-    scenes = [scene for story in told for scene in story]
+    teller, scorer = load_teller(recipe.parts), load_scorer(Path(recipe.scorer))
+    true_stories = list(islice(stories(recipe.seed, "test"), recipe.stories))
+    scenes = [scene for story in true_stories for scene in story]
     scores = {}
-    for name, pictures in rows.items():
+    for name, system in _systems(recipe, teller).items():
+        pictures = _pictures(system, true_stories, recipe.seed)
         scores[name] = shares(scenes, scorer.read(pictures))
-        grid(pictures[:48], 8).save(out / f"{name}.png")
+        grid(pictures[:SHEET], 8).save(out / f"{name}.png")
         print(name, "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items()))
     (out / "scores.json").write_text(json.dumps({"scenes": len(scenes), **scores}, indent=1) + "\n")
     return all(scores["vokens"][name] >= least for name, least in BAR.items())
 
 
-def _path(value: str) -> Path | None:
-    return Path(value) if value else None
+def _systems(recipe: ScoreRecipe, teller: StoryTeller) -> dict[str, System[TrueScene]]:
+    settings = DrawSettings(recipe.steps, recipe.guidance)
+    systems = {"vokens": vokens(teller, settings, feed_back=False)}
+    return systems | ({"oracle": two_stage(teller, settings, true_caption)} if recipe.oracle else {})
 
 
-@torch.no_grad()
-def draw_vokens(teller: StoryTeller, told: list[list[TrueScene]], recipe: ScoreRecipe) -> list[Image.Image]:
-    """One picture a scene: the story up to its sentence -> vokens -> mapper -> diffusion model."""
-    pictures = []
-    for index, story in enumerate(told):
-        states, _ = story_losses(
-            teller.llm, [story_sequence(teller.llm, [Turn(scene.request, scene.text) for scene in story])]
-        )
-        positive, negative = (
-            teller.mapper(states).tokens,
-            teller.mapper.negative().tokens.expand(len(states), -1, -1),
-        )
-        pictures += _pictures(teller, recipe, index, prompt_embeds=positive, negative_prompt_embeds=negative)
-    return pictures
-
-
-def draw_captions(teller: StoryTeller, told: list[list[TrueScene]], recipe: ScoreRecipe) -> list[Image.Image]:
-    """One picture a scene from its true full caption: the ceiling."""
-    pictures = []
-    for index, story in enumerate(told):
-        prompts = [scene.caption for scene in story]
-        pictures += _pictures(teller, recipe, index, prompt=prompts, negative_prompt=[""] * len(prompts))
-    return pictures
-
-
-def _pictures(teller: StoryTeller, recipe: ScoreRecipe, story: int, **prompt: object) -> list[Image.Image]:
-    return teller.diffusion(
-        **prompt,
-        num_inference_steps=recipe.steps,
-        guidance_scale=recipe.guidance,
-        generator=torch.Generator().manual_seed(recipe.seed * 10_000 + story),
-    ).images
+def _pictures(system: System[TrueScene], true_stories: list[list[TrueScene]], seed: int) -> list[Image.Image]:
+    """One picture a scene, drawn from the seeds that the benchmark takes."""
+    return [
+        scene.picture
+        for number, story in enumerate(true_stories)
+        for scene in system(story, STRIDE * (seed + number))
+    ]
 
 
 def shares(truth: list[TrueScene], seen: list[State]) -> dict[str, float]:
-    """The share of scenes right, by hero, prop, place and time; heroes also where the sentence names no kind."""
+    """The share of scenes right, by hero, prop, place and time; heroes also where the sentence names a kind or none.
 
-    def share(name: str, rows: list[int]) -> float:
-        right = sum(getattr(truth[row].state, name) == getattr(seen[row], name) for row in rows)
-        return round(right / len(rows), 4)
+    NaN where no scene is of that kind.
+    """
+    facts = scene_facts(truth, seen)
+    return {name: _share(facts[name]) for name in SHARES}
 
-    every = list(range(len(truth)))
-    unnamed = [row for row in every if not truth[row].names_kind]
-    named = [row for row in every if truth[row].names_kind]
-    return {
-        "hero": share("hero", every),
-        "hero_named": share("hero", named),
-        "hero_unnamed": share("hero", unnamed),
-        "prop": share("prop", every),
-        "place": share("place", every),
-        "time": share("time", every),
-    }
+
+def _share(right: np.ndarray) -> float:
+    """The mean of what is defined."""
+    defined = right[~np.isnan(right)]
+    return round(float(defined.mean()), 4) if len(defined) else float("nan")

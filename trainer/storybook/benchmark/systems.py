@@ -1,13 +1,12 @@
-"""The ways to illustrate a story whose sentences are given; each draws scene by scene, as a reader would wait for it.
+"""The systems that illustrate a story whose sentences are given.
 
-All share LLM, diffusion model, seeds, steps and guidance. Between them differs only what the diffusion model is told.
+All share LLM, diffusion model, seeds, steps and guidance. They differ only in what the diffusion model is given.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 
 import torch
+from PIL import Image
 
 from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.generate import Prompt, StoryCache, generate
@@ -16,118 +15,112 @@ from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story.prompts import Turn
 from minigpt5_core.vision import picture_tensor
 
-from ...common.images import encode_pictures
 from ...evaluation.drawing import (
     BLOCK_ONLY,
-    Drawing,
-    Drawn,
-    draw_conditioning,
+    DrawnScene,
+    DrawSettings,
+    System,
     draw_prompt,
+    draw_vokens,
+    scene_by_scene,
     voken_states,
 )
 from ...llm.prefill_cache import caption_ids
 from ..models.caption_baseline import CAPTIONING, CLOSE, OPEN, caption_prompt
 from ..world.stories import TrueScene
-from .reference_attention import looking_at
-
-Row = Callable[[Sequence[TrueScene], int], Iterator[Drawn]]
 
 
 def vokens(
-    teller: StoryTeller,
-    drawing: Drawing,
-    mapper: Mapper | None = None,
-    feed_back: bool = True,
-    consistent: bool = False,
-) -> Row:
-    """Our way: the story so far -> vokens -> mapper. Pictures go back to an LLM that sees.
+    teller: StoryTeller, settings: DrawSettings, mapper: Mapper | None = None, feed_back: bool = True
+) -> System[TrueScene]:
+    """Our way: the story so far -> vokens -> mapper, the teller's or another of the same voken count and width.
 
-    With `consistent` later pictures look at the first one while they are drawn.
+    With `feed_back` every picture goes back to an LLM that sees, behind its sentence.
     """
-    chosen = mapper or teller.mapper
 
-    def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
+    def story(scenes: Sequence[TrueScene], seed: int) -> Iterator[DrawnScene]:
         turns: list[Turn] = []
         cache = StoryCache()
-        reference: torch.Tensor | None = None
-        for index, scene in enumerate(scenes):
-            began = time.perf_counter()
+
+        def draw(scene: TrueScene, seed: int) -> tuple[Image.Image, int, str]:
             turns.append(Turn(scene.request, scene.text))
-            answer = chosen(voken_states(teller.llm, turns, cache))
-            looking = looking_at(teller.diffusion, reference) if reference is not None else nullcontext()
-            with looking:
-                picture = draw_conditioning(teller, drawing, answer, chosen.negative(), seed + index)
-            if consistent and reference is None:
-                reference = encode_pictures(teller.diffusion.vae, [picture])
+            states = voken_states(teller.llm, turns, cache)
+            picture = draw_vokens(teller, settings, states, seed, mapper)
             if feed_back:
                 turns[-1] = Turn(
                     scene.request, scene.text, image_tokens=teller.llm.see(picture_tensor(picture))
                 )
-            yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
+            return picture, len(teller.llm.voken_ids), ""
 
-    return draw
+        return scene_by_scene(scenes, seed, draw)
+
+    return story
 
 
 def two_stage(
-    teller: StoryTeller, drawing: Drawing, prompts: Callable[[Sequence[TrueScene]], list[str]]
-) -> Row:
-    """The usual way: a text for each scene goes through the diffusion model's own text encoder."""
+    teller: StoryTeller, settings: DrawSettings, prompt: Callable[[Sequence[TrueScene]], str]
+) -> System[TrueScene]:
+    """The usual way: a text for each scene goes through the diffusion model's own text encoder.
 
-    def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
-        for index, prompt in enumerate(prompts(scenes)):
-            began = time.perf_counter()
-            picture = draw_prompt(teller, drawing, prompt, seed + index)
-            yield Drawn(picture, 0, time.perf_counter() - began)
+    `prompt` makes it of the story up to and with the scene.
+    """
 
-    return draw
+    def story(scenes: Sequence[TrueScene], seed: int) -> Iterator[DrawnScene]:
+        prompts = [prompt(scenes[: index + 1]) for index in range(len(scenes))]
+        return scene_by_scene(
+            prompts, seed, lambda text, seed: (draw_prompt(teller, settings, text, seed), 0, "")
+        )
+
+    return story
 
 
-def captioned(teller: StoryTeller, drawing: Drawing, llm: FrozenLLM) -> Row:
-    """The strongest rival: an LLM tuned for it writes a full caption behind each sentence, and that is drawn."""
+def caption_baseline(teller: StoryTeller, settings: DrawSettings, llm: FrozenLLM) -> System[TrueScene]:
+    """The strongest baseline: an LLM tuned for it writes a full caption behind each sentence, and that is drawn."""
 
-    def draw(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
-        told: list[Turn] = []
+    def story(scenes: Sequence[TrueScene], seed: int) -> Iterator[DrawnScene]:
+        turns: list[Turn] = []
         cache = StoryCache()
-        for index, scene in enumerate(scenes):
-            began = time.perf_counter()
-            reply = generate(llm, [caption_prompt(llm, told, scene)], CAPTIONING, [0], cache)[0]
-            told.append(Turn(scene.request, f"{scene.text}{OPEN}{reply.text}{CLOSE}", picture=False))
-            picture = draw_prompt(teller, drawing, reply.text, seed + index)
+
+        def draw(scene: TrueScene, seed: int) -> tuple[Image.Image, int, str]:
+            reply = generate(llm, [caption_prompt(llm, turns, scene)], CAPTIONING, [0], cache)[0]
+            turns.append(Turn(scene.request, f"{scene.text}{OPEN}{reply.text}{CLOSE}", picture=False))
             # the bracket is the caption's mark as [IMG0] is the picture's: both are emitted where nobody forces them
             tokens = len(llm.encode(OPEN)) + len(reply.ids)
-            yield Drawn(picture, tokens, time.perf_counter() - began)
+            return draw_prompt(teller, settings, reply.text, seed), tokens, ""
 
-    return draw
+        return scene_by_scene(scenes, seed, draw)
 
-
-def sentences(scenes: Sequence[TrueScene]) -> list[str]:
-    """Each scene's own sentence, the paper's baseline."""
-    return [scene.text for scene in scenes]
+    return story
 
 
-def histories(scenes: Sequence[TrueScene]) -> list[str]:
-    """The whole story up to each scene; the text encoder reads its first 77 tokens."""
-    return [" ".join(scene.text for scene in scenes[: index + 1]) for index in range(len(scenes))]
+def sentence(scenes: Sequence[TrueScene]) -> str:
+    """The scene's own sentence, the paper's baseline."""
+    return scenes[-1].text
 
 
-def true_captions(scenes: Sequence[TrueScene]) -> list[str]:
-    """What each picture should show, in full: the ceiling."""
-    return [scene.caption for scene in scenes]
+def history(scenes: Sequence[TrueScene]) -> str:
+    """The whole story up to the scene; the text encoder reads its first 77 tokens."""
+    return " ".join(scene.text for scene in scenes)
 
 
-def caption_states(llm: FrozenLLM, caption: str) -> torch.Tensor:
+def true_caption(scenes: Sequence[TrueScene]) -> str:
+    """What the picture should show, in full: the ceiling."""
+    return scenes[-1].caption
+
+
+def caption_voken_states(llm: FrozenLLM, caption: str) -> torch.Tensor:
     """(1, V, L) for a caption by itself, as in stage 1."""
     return generate(llm, [Prompt(caption_ids(llm, caption))], BLOCK_ONLY, [0])[0].voken_states
 
 
-def single(teller: StoryTeller, drawing: Drawing) -> dict[str, Row]:
-    """The ways to draw captions that stand by themselves: no story, each its own."""
+def single_caption_systems(teller: StoryTeller, settings: DrawSettings) -> dict[str, System[TrueScene]]:
+    """By name, those that draw captions that stand by themselves: no story, each its own."""
 
-    def by_vokens(scenes: Sequence[TrueScene], seed: int) -> Iterator[Drawn]:
-        for index, scene in enumerate(scenes):
-            began = time.perf_counter()
-            answer = teller.mapper(caption_states(teller.llm, scene.caption))
-            picture = draw_conditioning(teller, drawing, answer, teller.mapper.negative(), seed + index)
-            yield Drawn(picture, len(teller.llm.voken_ids), time.perf_counter() - began)
+    def draw(scene: TrueScene, seed: int) -> tuple[Image.Image, int, str]:
+        states = caption_voken_states(teller.llm, scene.caption)
+        return draw_vokens(teller, settings, states, seed), len(teller.llm.voken_ids), ""
 
-    return {"vokens": by_vokens, "oracle": two_stage(teller, drawing, true_captions)}
+    return {
+        "vokens": lambda scenes, seed: scene_by_scene(scenes, seed, draw),
+        "oracle": two_stage(teller, settings, true_caption),
+    }
