@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.images import grid, to_pictures, to_tensor
-from ...common.progress import Progress, interrupts
+from ...training.optimise import optimise
 from ..world.render import CELL, render
 from ..world.stories import random_state, training_state
 
@@ -90,25 +90,25 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, recipe.steps, pct_start=0.03
     )
-    progress = Progress(recipe.steps)
-    with interrupts() as interrupted:
-        for step in range(1, recipe.steps + 1):
-            if step == max(1, int(recipe.steps * recipe.freeze_encoder_share)):
-                freeze_encoder(model, out)
-            pictures = crops(recipe.batch, draw)
-            latents = model.encode(pictures).latents
-            output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
-            loss = reconstruction_loss(output, pictures)
-            (loss + 1e-3 * latents.square().mean()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update(step, len(pictures), loss=loss.item())
-            if step % 500 == 0 or step == recipe.steps or interrupted:
-                save_autoencoder(model, out)
-            if interrupted:
-                raise interrupted[0]
+
+    def step_loss(step: int) -> dict[str, Tensor]:
+        if step == max(1, int(recipe.steps * recipe.freeze_encoder_share)):
+            freeze_encoder(model, out)
+        pictures = crops(recipe.batch, draw)
+        latents = model.encode(pictures).latents
+        output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
+        return {"loss": reconstruction_loss(output, pictures), "latents": latents.square().mean()}
+
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: save_autoencoder(model, out),
+        save_every=500,
+        weights={"latents": 1e-3},
+    )
     print(f"autoencoder: {psnr(model):.2f} dB on fresh scenes, in {out}")
 
 

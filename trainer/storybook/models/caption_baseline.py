@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.generate import Prompt, Sampling
@@ -21,10 +21,9 @@ from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm_files import default_llm
 from minigpt5_core.prompts import Turn, chat_text
 
-from ...common.progress import Progress, interrupts
 from ...llm.adapters import save_adapter, trainable
 from ...llm.sequences import story_sequence, text_losses
-from ...training.loop import descend
+from ...training.optimise import optimise
 from ...training.setup import step_chance
 from ..world.stories import TrueScene, stories
 
@@ -63,26 +62,26 @@ def caption_prompt(llm: FrozenLLM, told: Sequence[Turn], scene: TrueScene) -> Pr
 def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
     """Leaves `adapter/` in `out`; Ctrl-C saves what there is."""
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, device=accelerator.device)
+    llm = load_llm(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     adapted = get_peft_model(llm.causal_lm, _lora(recipe)).train()
     data = list(islice(stories(recipe.seed), recipe.stories))
     optimizer = torch.optim.AdamW(trainable(adapted), recipe.lora_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
-    optimizer, schedule = accelerator.prepare(optimizer, schedule)
-    progress = Progress(recipe.steps)
-    with interrupts() as interrupted:
-        for step in range(1, recipe.steps + 1):
-            batch = step_chance(recipe.seed, step).sample(data, recipe.batch)
-            loss = text_losses(llm, [story_sequence(llm, captioned_turns(scenes)) for scenes in batch])
-            accelerator.backward(loss)
-            descend(accelerator, trainable(adapted), optimizer, schedule, {"text": loss.item()})
-            progress.update(step, recipe.batch, text=loss.item())
-            if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
-                save_adapter(adapted, folder, out / "adapter")
-            if interrupted:
-                raise interrupted[0]
+
+    def step_loss(step: int) -> dict[str, Tensor]:
+        batch = step_chance(recipe.seed, step).sample(data, recipe.batch)
+        sequences = [story_sequence(llm, captioned_turns(scenes)) for scenes in batch]
+        return {"text": text_losses(llm, sequences)}
+
+    optimise(
+        optimizer,
+        get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps),
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: save_adapter(adapted, folder, out / "adapter"),
+        save_every=recipe.save_every,
+    )
     return adapted
 
 

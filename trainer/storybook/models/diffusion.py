@@ -27,7 +27,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.losses import compute_snr, diffusion_loss
 
 from ...common.images import encode_pictures, grid
-from ...common.progress import Progress, interrupts
+from ...training.optimise import optimise
 from ..world.render import render_with_figures
 from ..world.state import State
 from ..world.stories import change_a_fact, stories, training_state
@@ -222,32 +222,38 @@ def train_diffusion(recipe: DiffusionRecipe, autoencoder: Path, out: Path, start
         optimizer, recipe.learning_rate, recipe.steps, pct_start=0.05
     )
     average = EMAModel(unet.parameters(), decay=recipe.ema_decay, use_ema_warmup=True, power=0.75)
-    progress = Progress(recipe.steps)
-    with interrupts() as interrupted:
-        for step in range(1, recipe.steps + 1):
-            if step == max(1, int(recipe.steps * recipe.freeze_text_encoder_share)):
-                text_encoder.requires_grad_(False)
-                text_encoder.save_pretrained(out / "text_encoder")
-                save_pipeline(pipeline, average, out)
-                (out / "text_encoder_is_final").touch()
-            rows = draw.choices(range(len(data.latents)), k=recipe.batch)
-            conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
-            weights = 1 + (recipe.figure_weight - 1) * data.figures[rows]
-            loss = noise_loss(unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe)
-            close = torch.zeros(())
-            if next(text_encoder.parameters()).requires_grad:
-                close = closeness(pipeline, [data.states[row] for row in rows], recipe.margin, draw)
-            (loss + recipe.margin_weight * close).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.step(unet.parameters())
-            progress.update(step, recipe.batch, loss=loss.item(), close=close.item())
-            if step % 400 == 0 or step == recipe.steps or interrupted:
-                save_pipeline(pipeline, average, out)
-            if interrupted:
-                raise interrupted[0]
+
+    def step_loss(step: int) -> dict[str, Tensor]:
+        if step == max(1, int(recipe.steps * recipe.freeze_text_encoder_share)):
+            freeze_text_encoder(pipeline, average, out)
+        rows = draw.choices(range(len(data.latents)), k=recipe.batch)
+        conditioning = encode_texts(pipeline, data.texts(rows, recipe, draw))
+        weights = 1 + (recipe.figure_weight - 1) * data.figures[rows]
+        loss = noise_loss(unet, noise_scheduler, data.latents[rows], conditioning, weights, recipe)
+        close = torch.zeros(())
+        if next(text_encoder.parameters()).requires_grad:
+            close = closeness(pipeline, [data.states[row] for row in rows], recipe.margin, draw)
+        return {"loss": loss, "close": close}
+
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: save_pipeline(pipeline, average, out),
+        save_every=400,
+        weights={"close": recipe.margin_weight},
+        after_step=lambda: average.step(unet.parameters()),
+    )
+
+
+def freeze_text_encoder(pipeline: StableDiffusionPipeline, average: EMAModel, out: Path) -> None:
+    """From here on only the UNet learns: a mapper can be aligned with the text encoder meanwhile."""
+    pipeline.text_encoder.requires_grad_(False)
+    pipeline.text_encoder.save_pretrained(out / "text_encoder")
+    save_pipeline(pipeline, average, out)
+    (out / "text_encoder_is_final").touch()
 
 
 def noise_loss(

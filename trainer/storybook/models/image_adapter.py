@@ -35,10 +35,10 @@ from minigpt5_core.vision import (
 )
 from minigpt5_core.weights import IMAGE_ADAPTER, hash_weights, load_mapper
 
-from ...common.progress import Progress, interrupts
 from ...common.provenance import package_version
 from ...diffusion import Targets, load_backbone
 from ...llm.sequences import story_losses, story_sequence, text_losses
+from ...training.optimise import optimise
 from ..world.render import render
 from ..world.state import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
 from ..world.stories import held_out_state, stories, training_state
@@ -140,13 +140,22 @@ def _train_words(recipe: ImageAdapterRecipe, llm: FrozenLLM, save: Save) -> None
     count = encoder.config.tokens
     stop = llm.encode(".")[0]
 
-    def step_loss() -> Tensor:
+    def step_loss(step: int) -> dict[str, Tensor]:
         states = _states(draw, recipe.word_batch)
         ids = [(llm.encode(state.caption()) + [stop] * count)[:count] for state in states]
         target = llm.embed(torch.tensor(ids, device=llm.device)).detach()
-        return caption_loss(encoder(soft_pictures(states, draw).to(llm.device)), target, encoder.scale)
+        tokens = encoder(soft_pictures(states, draw).to(llm.device))
+        return {"loss": caption_loss(tokens, target, encoder.scale)}
 
-    _optimise(encoder.train(), recipe.word_steps, recipe.word_rate, 10 * recipe.save_every, step_loss, save)
+    _optimise(
+        encoder.train(),
+        step_loss,
+        steps=recipe.word_steps,
+        samples=recipe.word_batch,
+        rate=recipe.word_rate,
+        save_every=10 * recipe.save_every,
+        save=save,
+    )
 
 
 def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, save: Save) -> None:
@@ -158,7 +167,7 @@ def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, s
     draw = random.Random(f"stories/{recipe.seed}")
     told = stories(recipe.seed + 1000)
 
-    def step_loss() -> Tensor:
+    def step_loss(step: int) -> dict[str, Tensor]:
         batch = list(islice(told, recipe.story_batch))
         told_turns = [shown_turns(llm, scenes, draw) for scenes in batch]
         voken_states, text = story_losses(llm, [story_sequence(llm, turns) for turns in told_turns])
@@ -169,37 +178,44 @@ def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, s
         ]
         alignment = targets.loss(mapper(voken_states), captions, standardised=True)
         asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.caption_batch, draw)]
-        return text + recipe.alignment_weight * alignment + text_losses(llm, asked)
+        return {"text": text, "caption": alignment, "question_text": text_losses(llm, asked)}
 
-    # batch statistics were learned from many pictures; a handful here would only blur them
-    _optimise(encoder.eval(), recipe.story_steps, recipe.story_rate, recipe.save_every, step_loss, save)
+    _optimise(
+        encoder.eval(),  # batch statistics were learned from many pictures; a handful here would only blur them
+        step_loss,
+        steps=recipe.story_steps,
+        samples=recipe.story_batch,
+        rate=recipe.story_rate,
+        save_every=recipe.save_every,
+        save=save,
+        weights={"caption": recipe.alignment_weight},
+    )
 
 
 def _optimise(
     encoder: ImageEncoder,
+    step_loss: Callable[[int], dict[str, Tensor]],
+    *,
     steps: int,
+    samples: int,
     rate: float,
     save_every: int,
-    step_loss: Callable[[], Tensor],
     save: Save,
+    weights: dict[str, float] | None = None,
 ) -> None:
-    """One cycle of AdamW over the encoder; Ctrl-C ends the step, saves and is passed on."""
+    """One cycle of AdamW over the encoder."""
     optimizer = torch.optim.AdamW(encoder.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(2, steps), pct_start=0.1)
-    progress = Progress(steps)
-    with interrupts() as interrupted:
-        for step in range(1, steps + 1):
-            loss = step_loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update(step, 1, loss=loss.item())
-            if step % save_every == 0 or step == steps or interrupted:
-                save()
-            if interrupted:
-                raise interrupted[0]
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=steps,
+        samples=samples,
+        save=save,
+        save_every=save_every,
+        weights=weights,
+    )
 
 
 def read_caption(text: str) -> State | None:

@@ -1,5 +1,6 @@
 """The scorer: a small classifier of hero, prop, place and time. It only measures; nothing is trained against it."""
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.weights import atomic_save
 
 from ...common.images import to_tensor
-from ...common.progress import Progress
+from ...training.optimise import optimise
 from ..world.augment import weather
 from ..world.render import render
 from ..world.state import HEROES, PLACES, PROPS, TIMES, State
@@ -96,19 +97,24 @@ def train_scorer(recipe: ScorerRecipe, out: Path) -> dict[str, float]:
     scorer = Scorer()
     optimizer = torch.optim.AdamW(scorer.parameters(), recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps)
-    progress = Progress(recipe.steps)
-    for step in range(1, recipe.steps + 1):
+
+    def step_loss(step: int) -> dict[str, Tensor]:
         images, labels = _batch(recipe.batch, draw, weathered=True)
         logits = scorer(images)
-        loss = torch.stack([functional.cross_entropy(logits[name], labels[name]) for name in CLASSES]).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update(step, recipe.batch, loss=loss.item())
+        return {name: functional.cross_entropy(logits[name], labels[name]) for name in CLASSES}
+
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: atomic_save(scorer.state_dict(), out, {"format": "pt"}),
+        save_every=recipe.steps,
+        max_norm=math.inf,
+    )
     scorer.eval()
     scores = accuracy(scorer, 1000)
-    atomic_save(scorer.state_dict(), out, {"format": "pt"})
     print("scorer:", "  ".join(f"{name} {share:.3f}" for name, share in scores.items()), f"in {out}")
     return scores
 
