@@ -26,7 +26,7 @@ from trainer.diffusion.unet import Sd
 from trainer.stages import align
 from trainer.stages.align import AlignRecipe, train_align
 from trainer.stages.finetune import FinetuneRecipe, train_finetune
-from trainer.storybook.models.diffusion import encode_texts
+from trainer.storybook.models.diffusion_model import encode_texts
 from trainer.storybook.world.export import export_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -47,20 +47,20 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
     )
 
 
-def _crop(picture: Image.Image, draw: random.Random) -> Image.Image:
-    left = CELL * draw.randint(0, 8)
-    top = CELL * draw.choice((0, 2, 3, 4, 5, 6, 7, 8, 8, 8))  # more often below, where hero and prop stand
+def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
+    left = CELL * rng.randint(0, 8)
+    top = CELL * rng.choice((0, 2, 3, 4, 5, 6, 7, 8, 8, 8))  # more often below, where hero and prop stand
     return picture.crop((left, top, left + CROP, top + CROP))
 
 
-def scenes(count: int, draw: random.Random) -> Tensor:
+def scenes(count: int, rng: random.Random) -> Tensor:
     """Fresh scenes, (count, 3, 128, 128) in [-1, 1]."""
-    return to_tensor([render(random_state(draw), draw) for _ in range(count)])
+    return to_tensor([render(random_state(rng), rng) for _ in range(count)])
 
 
-def crops(count: int, draw: random.Random) -> Tensor:
+def crops(count: int, rng: random.Random) -> Tensor:
     """Crops of fresh scenes, (count, 3, 64, 64) in [-1, 1]."""
-    return to_tensor([_crop(render(training_state(draw), draw), draw) for _ in range(count)])
+    return to_tensor([_crop(render(training_state(rng), rng), rng) for _ in range(count)])
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -81,9 +81,9 @@ def psnr(model: AutoencoderTiny, count: int = 64, seed: int = 123456) -> float:
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None = None) -> None:
-    """Trains, and writes the diffusers folder `out`, a preview beside it; `start` goes on from an earlier folder."""
+    """Trains and writes the diffusers folder `out`, a preview beside it; from the weights of `start` where given."""
     torch.manual_seed(recipe.seed)
-    draw = random.Random(recipe.seed)
+    rng = random.Random(recipe.seed)
     model = AutoencoderTiny.from_pretrained(start) if start else build_autoencoder(recipe)
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
@@ -94,7 +94,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
     def step_loss(step: int) -> dict[str, Tensor]:
         if step == max(1, int(recipe.steps * recipe.freeze_encoder_share)):
             freeze_encoder(model, out)
-        pictures = crops(recipe.batch, draw)
+        pictures = crops(recipe.batch, rng)
         latents = model.encode(pictures).latents
         output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
         return {"loss": reconstruction_loss(output, pictures), "latents": latents.square().mean()}
@@ -113,7 +113,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None =
 
 
 def freeze_encoder(model: AutoencoderTiny, out: Path) -> None:
-    """From here on only the decoder learns: latents stay what they are, so a UNet can train on them meanwhile."""
+    """From here on only the decoder learns: latents no longer change, so a UNet can be trained on them meanwhile."""
     model.encoder.requires_grad_(False)
     measure_scale(model)
     save_autoencoder(model, out)

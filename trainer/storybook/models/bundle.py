@@ -24,7 +24,7 @@ LARGEST_FILE = 16 * 2**20
 class BundleRecipe:
     """Where the parts are: a diffusers folder, runs' folders, a scorer; an empty one is left as it was.
 
-    `scorer`, `reference` (a run of the mapper alone) and `captions` (the rival's adapter) serve the benchmark only.
+    Only the benchmark uses `scorer`, `reference` (a run of the mapper alone) and `captions` (the caption baseline).
     """
 
     diffusion: str = ""

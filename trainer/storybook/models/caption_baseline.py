@@ -1,4 +1,4 @@
-"""The benchmark's strongest rival: an LLM tuned to write a full caption behind each scene, for text-to-image to draw.
+"""The benchmark's strongest baseline: an LLM tuned to write a full caption after each scene, for text-to-image.
 
     python -m trainer caption-adapter --recipe trainer/recipes/storybook_caption_adapter.toml --out runs/captions
 
@@ -33,7 +33,7 @@ CAPTIONING = Sampling(temperature=0.0, max_new_tokens=40, pictures="none", stop_
 
 @dataclass(frozen=True)
 class CaptionAdapterRecipe:
-    """As in finetune, but for the rank: 46 gives 2.65 M parameters, finetune's LoRA, voken rows and mapper 2.67 M."""
+    """As in finetune, except for the rank: 46 gives 2.65 M parameters, and finetune trains 2.67 M in all."""
 
     llm: str = ""
     stories: int = 8000
@@ -54,13 +54,13 @@ def captioned_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
     return [Turn(s.request, f"{s.text}{OPEN}{s.caption}{CLOSE}", picture=False) for s in scenes]
 
 
-def caption_prompt(llm: FrozenLLM, told: Sequence[Turn], scene: TrueScene) -> Prompt:
-    """Everything up to where the last scene's caption begins, its sentence given."""
-    return Prompt(llm.encode(chat_text(llm, [*told, Turn(scene.request)]) + scene.text + OPEN))
+def caption_prompt(llm: FrozenLLM, earlier: Sequence[Turn], scene: TrueScene) -> Prompt:
+    """The story up to where the caption of `scene` begins, behind its sentence."""
+    return Prompt(llm.encode(chat_text(llm, [*earlier, Turn(scene.request)]) + scene.text + OPEN))
 
 
 def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
-    """Leaves `adapter/` in `out`; Ctrl-C saves what there is."""
+    """Writes `adapter/` in `out`; Ctrl-C saves it as it is then."""
     torch.manual_seed(recipe.seed)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
     llm = load_llm(folder, device="cuda" if torch.cuda.is_available() else "cpu")

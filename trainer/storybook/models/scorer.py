@@ -1,4 +1,4 @@
-"""The scorer: a small classifier of hero, prop, place and time. It only measures; nothing is trained against it."""
+"""The scorer: a small classifier of hero, prop, place and time. It only measures: no model is trained against it."""
 
 import math
 import random
@@ -17,7 +17,7 @@ from minigpt5_core.weights import atomic_save
 
 from ...common.images import to_tensor
 from ...training.optimise import optimise
-from ..world.augment import weather
+from ..world.augment import augment
 from ..world.render import render
 from ..world.state import HEROES, PLACES, PROPS, TIMES, State
 from ..world.stories import random_state
@@ -75,14 +75,14 @@ class Scorer(nn.Module):
         return [State(**{name: chosen[name][i] for name in CLASSES}) for i in range(len(pictures))]
 
 
-def _batch(count: int, draw: random.Random, weathered: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    states = [random_state(draw) for _ in range(count)]
-    pictures = [render(state, draw) for state in states]
-    if weathered:
-        pictures = [weather(picture, draw) for picture in pictures]
+def _batch(count: int, rng: random.Random, augmented: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    states = [random_state(rng) for _ in range(count)]
+    pictures = [render(state, rng) for state in states]
+    if augmented:
+        pictures = [augment(picture, rng) for picture in pictures]
     images = to_tensor(pictures)
-    if weathered and draw.random() < 0.5:
-        images = images + draw.uniform(0, 0.15) * torch.randn_like(images)
+    if augmented and rng.random() < 0.5:
+        images = images + rng.uniform(0, 0.15) * torch.randn_like(images)
     labels = {
         name: torch.tensor([values.index(getattr(state, name)) for state in states])
         for name, values in CLASSES.items()
@@ -93,13 +93,13 @@ def _batch(count: int, draw: random.Random, weathered: bool) -> tuple[Tensor, di
 def train_scorer(recipe: ScorerRecipe, out: Path) -> dict[str, float]:
     """Trains, writes `out`, and returns the share right of each class on 1000 fresh renders."""
     torch.manual_seed(recipe.seed)
-    draw = random.Random(f"scorer/{recipe.seed}")
+    rng = random.Random(f"scorer/{recipe.seed}")
     scorer = Scorer()
     optimizer = torch.optim.AdamW(scorer.parameters(), recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps)
 
     def step_loss(step: int) -> dict[str, Tensor]:
-        images, labels = _batch(recipe.batch, draw, weathered=True)
+        images, labels = _batch(recipe.batch, rng, augmented=True)
         logits = scorer(images)
         return {name: functional.cross_entropy(logits[name], labels[name]) for name in CLASSES}
 
@@ -122,10 +122,10 @@ def train_scorer(recipe: ScorerRecipe, out: Path) -> dict[str, float]:
 @torch.no_grad()
 def accuracy(scorer: Scorer, count: int, seed: int = 1) -> dict[str, float]:
     """The share right of each class on fresh renders."""
-    draw = random.Random(f"scorer test/{seed}")
+    rng = random.Random(f"scorer test/{seed}")
     right = dict.fromkeys(CLASSES, 0)
     for _ in range(count // 50):
-        images, labels = _batch(50, draw, weathered=False)
+        images, labels = _batch(50, rng, augmented=False)
         logits = scorer(images)
         for name in CLASSES:
             right[name] += int((logits[name].argmax(1) == labels[name]).sum())
