@@ -104,7 +104,7 @@ def untied_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-to-image model of the storybook's classes, made by its trainer in two steps."""
-    from trainer.storybook.models import diffusion
+    from trainer.storybook.models import diffusion_model
     from trainer.storybook.models.autoencoder import AutoencoderRecipe
     from trainer.storybook.models.diffusion import (
         DiffusionRecipe,
@@ -121,7 +121,7 @@ def tiny_diffusion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         DiffusionRecipe(scenes=8, steps=2, batch=2, block_out_channels=(32, 32), text_layers=1),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "build_tokenizer", bundled_tokenizer)
+        patch.setattr(diffusion_model, "build_tokenizer", bundled_tokenizer)
         train_storybook_diffusion(recipe, folder)
     return folder
 

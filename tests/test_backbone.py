@@ -26,7 +26,7 @@ from trainer.diffusion import FrozenDiffusion, TextTargets, load_frozen_diffusio
 from trainer.diffusion.unet import Sd
 from trainer.stages.align import AlignRecipe
 from trainer.stages.finetune import FinetuneRecipe
-from trainer.storybook.models.diffusion import encode_texts
+from trainer.storybook.models.diffusion_model import encode_texts
 from trainer.storybook.world.export import export_stories
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -20,7 +20,7 @@ from minigpt5_core.story import Story
 from tests.stages import train_align
 from tests.toy_diffusion import SPACES, save
 from trainer.cli import main
-from trainer.common.images import fitted, grid
+from trainer.common.images import center_crop, grid
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.formats import read
 from trainer.diffusion import load_frozen_diffusion
@@ -142,7 +142,7 @@ def test_a_cache_has_answers_for_trainings_of_its_precision_and_size_alone(folde
     scene = next(scene for record in read(data, "jsonl") for scene in record.scenes if scene.picture)
     half = load_frozen_diffusion(folder, "bf16", 8)
     kept = CachedFeatures(tmp_path / "cache", half)
-    asked, latents = half.encode([scene.caption]), half.latents([fitted(scene.picture.open(), 8)])
+    asked, latents = half.encode([scene.caption]), half.latents([center_crop(scene.picture.open(), 8)])
     assert torch.equal(kept.target(scene.caption).tokens, asked.tokens[0])
     assert torch.equal(kept.latents(scene.picture), latents[0])
     assert (kept.target(scene.caption).tokens.dtype, latents.shape) == (torch.bfloat16, (1, 16, 4, 4))

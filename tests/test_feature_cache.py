@@ -34,7 +34,12 @@ from trainer.feature_cache import build as cache_build
 from trainer.feature_cache.build import fill, load_seeing
 from trainer.feature_cache.cache import CachedFeatures, FeatureCache, picture_hash
 from trainer.storybook.models.autoencoder import AutoencoderRecipe, build_autoencoder
-from trainer.storybook.models.diffusion import DiffusionRecipe, build_text_encoder, build_unet, encode_texts
+from trainer.storybook.models.diffusion_model import (
+    DiffusionRecipe,
+    build_text_encoder,
+    build_unet,
+    encode_texts,
+)
 from trainer.storybook.world.export import export_stories
 from trainer.training.picture_losses import picture_latents
 

@@ -26,7 +26,12 @@ from trainer.storybook.models.image_adapter import read_caption
 from trainer.storybook.world.render import render
 from trainer.storybook.world.state import State, held_out
 from trainer.storybook.world.stories import change_a_fact, random_state, stories, training_state
-from trainer.storybook.world.visual_turns import caption_turns, questions, shown_turns, told_scenes
+from trainer.storybook.world.visual_turns import (
+    caption_turns,
+    interleaved_turns,
+    questions,
+    scenes_to_generate,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -69,10 +74,10 @@ def test_the_loss_behind_a_picture_reaches_the_encoder_and_not_the_llm(seeing):
 def test_a_story_ends_in_a_scene_of_the_llms_own(seeing):
     draw = random.Random(1)
     for scenes in islice(stories(1), 20):
-        turns = shown_turns(seeing, scenes, draw)
+        turns = interleaved_turns(seeing, scenes, draw)
         assert turns[-1].picture and len(turns) == len(scenes)
         assert all(turn.picture or turn.image_tokens is not None for turn in turns)
-        assert len(told_scenes(scenes, turns)) == len(story_sequence(seeing, turns).blocks)
+        assert len(scenes_to_generate(scenes, turns)) == len(story_sequence(seeing, turns).blocks)
 
 
 def test_every_caption_of_the_world_is_read_back():

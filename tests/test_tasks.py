@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.story.prompts import LOOK, NEXT
 from tests.stages import train_align, train_finetune
-from trainer.common.images import fitted
+from trainer.common.images import center_crop
 from trainer.common.recipe import make_recipe
 from trainer.data.formats import read
 from trainer.data.record_source import RecordSource
@@ -195,7 +195,7 @@ def test_what_a_source_cannot_do_is_said(tiny_llm, tmp_path):
 def test_pictures_are_cut_to_the_middle_square():
     wide = Image.new("RGB", (40, 20), "red")
     wide.paste("blue", (10, 0, 30, 20))
-    assert max(red for _, (red, _, _) in fitted(wide, 16).getcolors()) < 16
+    assert max(red for _, (red, _, _) in center_crop(wide, 16).getcolors()) < 16
 
 
 # training

@@ -8,8 +8,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 
-def fitted(image: Image.Image, side: int) -> Image.Image:
-    """The middle square, `side` pixels wide, as the diffusion model was trained on."""
+def center_crop(image: Image.Image, side: int) -> Image.Image:
+    """The middle square of a picture, resampled to `side` pixels."""
     return (
         image if image.size == (side, side) else ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     )

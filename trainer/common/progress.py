@@ -1,4 +1,4 @@
-"""What people watch while a model trains: one line with losses, speed and time left; grids of pictures."""
+"""What a long run prints, and how it is stopped: a line with losses, speed and time left; Ctrl-C and SIGTERM."""
 
 import signal
 import time
@@ -46,16 +46,16 @@ def memory() -> float:
 
 
 class TrainingError(Exception):
-    """A run that cannot go on: what happened, what is safe, and how to mend it."""
+    """A run that cannot continue: what happened, what is saved, and how to fix it."""
 
 
 class Terminated(BaseException):
-    """SIGTERM came; what there is was saved."""
+    """SIGTERM was received, and the work so far saved."""
 
 
 @contextmanager
 def interrupts() -> Iterator[list[BaseException]]:
-    """While this lasts, Ctrl-C and SIGTERM only put what to raise into the list, so that no step is cut in half."""
+    """Meanwhile Ctrl-C and SIGTERM only add the exception to raise to the list, so that a step is always completed."""
     caught: list[BaseException] = []
     kinds = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
     before = {

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..common.images import grid
+from ..common.images import center_crop, grid
 from .formats import read
 from .records import Broken, BrokenPicture, Record, Row
 
@@ -61,7 +61,7 @@ def _count(found: Found, row: Row) -> None:
     found.characters += [len(scene.text) for scene in row.scenes if scene.text]
     found.sizes.update(picture.size for picture in pictures)
     for picture in pictures[: SHEET_PICTURES - len(found.sheet)]:
-        found.sheet.append(ImageOps.fit(picture, (SHEET_SIZE, SHEET_SIZE)))
+        found.sheet.append(center_crop(picture, SHEET_SIZE))
 
 
 def summary(found: Found, path: Path) -> str:

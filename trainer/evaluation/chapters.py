@@ -14,7 +14,7 @@ from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story.prompts import NEXT, Turn
 from minigpt5_core.vision import picture_tensor
 
-from ..common.images import fitted
+from ..common.images import center_crop
 from ..data.formats import read
 from ..data.records import BrokenPicture, Record, Scene
 
@@ -75,4 +75,4 @@ def true_pictures(story: Sequence[Chapter], side: int) -> list[Image.Image]:
     """What each scene's picture should be, at the size that is drawn; white where there is none."""
     pictures = [chapter.scene.picture for chapter in story]
     images = [picture.open() if picture else Image.new("RGB", (side, side), "white") for picture in pictures]
-    return [fitted(image, side) for image in images]
+    return [center_crop(image, side) for image in images]

@@ -17,7 +17,7 @@ from minigpt5_core.llm import FrozenLLM, load_llm, load_vision
 from minigpt5_core.llm.files import default_llm
 from minigpt5_core.vision import picture_tensor
 
-from ..common.images import fitted
+from ..common.images import center_crop
 from ..common.progress import TrainingError, interrupts
 from ..data.check import SHOWN_BROKEN
 from ..data.formats import read
@@ -164,7 +164,7 @@ class Filling:
         return key not in self.cache
 
     def _latents(self, image: Image.Image) -> Tensor:
-        return self.diffusion.latents([fitted(image, self.keys.side)])[0]
+        return self.diffusion.latents([center_crop(image, self.keys.side)])[0]
 
     def _tokens(self, image: Image.Image) -> Tensor:
         assert self.llm is not None

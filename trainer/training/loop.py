@@ -5,7 +5,6 @@ by how much of the step's total it holds. So two processes, or two parts one aft
 the losses that one process gives with the whole batch, to rounding.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.conditioning.mapper import Mapper
@@ -28,6 +25,7 @@ from ..data.source import DataSource, Shard
 from ..feature_cache.cache import CachedFeatures
 from .checkpoint import Run
 from .config import OptimConfig
+from .optimise import descend
 from .run_summary import plot_losses
 from .state import Parts, load_optimizer, load_random, load_weights, resuming
 
@@ -160,7 +158,8 @@ class TrainLoop:
             for name, loss in losses.items():
                 sums[name] += loss.item() * shares[name]
         found = {name: loss for name, loss in self._over_processes(sums).items() if totals[name]}
-        descend(self.accelerator, list(self.trained.parameters()), self.optimizer, self.schedule, found)
+        clip = self.accelerator.clip_grad_norm_
+        descend(list(self.trained.parameters()), self.optimizer, self.schedule, found, clip)
         if self.average is not None:
             self.average.step(self.trained.parameters())
         return found
@@ -217,26 +216,6 @@ class TrainLoop:
             yield
         finally:
             self.average.restore(parameters)
-
-
-def descend(
-    accelerator: Accelerator,
-    parameters: Sequence[nn.Parameter],
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    losses: dict[str, float],
-) -> None:
-    """One step of the optimiser, the gradient clipped to length 1; TrainingError instead where it is no number."""
-    norm = accelerator.clip_grad_norm_(parameters, 1.0)
-    if not torch.isfinite(norm):
-        total = sum(losses.values())
-        what = (
-            f"the loss is {total:g}" if not math.isfinite(total) else f"the gradient is {norm.item():g} long"
-        )
-        raise TrainingError(f"{what} ({', '.join(f'{name} {value:g}' for name, value in losses.items())})")
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def train(

@@ -10,7 +10,7 @@ from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.conditioning.mapper import Mapper
 from minigpt5_core.losses import drop_states
 
-from ..common.images import fitted
+from ..common.images import center_crop
 from ..data.source import PictureTarget
 from ..diffusion import FrozenDiffusion, TextTargets
 from .config import StageRecipe
@@ -70,7 +70,7 @@ def picture_latents(diffusion: FrozenDiffusion, targets: Sequence[PictureTarget]
     lacking = [one for one in targets if one.latents is None]
     fresh: Iterator[Tensor] = iter(())
     if lacking:
-        pictures = [fitted(one.image(random.Random(one.seed)), diffusion.side) for one in lacking]
+        pictures = [center_crop(one.image(random.Random(one.seed)), diffusion.side) for one in lacking]
         fresh = iter(diffusion.latents(pictures))
     device = diffusion.pipeline.device
     return torch.stack([next(fresh) if one.latents is None else one.latents.to(device) for one in targets])

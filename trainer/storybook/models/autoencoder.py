@@ -16,15 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.images import grid, to_pictures, to_tensor
-from ...common.progress import Progress, interrupts
+from ...training.optimise import optimise
 from ..world.render import CELL, render
 from ..world.stories import random_state, training_state
 
 CROP = 64
-HERE = {
-    "local_files_only": True,
-    "use_safetensors": True,
-}  # how diffusers is to read: nothing fetched or unpickled
+LOCAL_SAFETENSORS = {"local_files_only": True, "use_safetensors": True}  # nothing fetched or unpickled
 
 
 @dataclass(frozen=True)
@@ -51,20 +48,20 @@ def build_autoencoder(recipe: AutoencoderRecipe) -> AutoencoderTiny:
     )
 
 
-def _crop(picture: Image.Image, draw: random.Random) -> Image.Image:
-    left = CELL * draw.randint(0, 8)
-    top = CELL * draw.choice((0, 2, 3, 4, 5, 6, 7, 8, 8, 8))  # more often below, where hero and prop stand
+def _crop(picture: Image.Image, rng: random.Random) -> Image.Image:
+    left = CELL * rng.randint(0, 8)
+    top = CELL * rng.choice((0, 2, 3, 4, 5, 6, 7, 8, 8, 8))  # more often below, where hero and prop stand
     return picture.crop((left, top, left + CROP, top + CROP))
 
 
-def scenes(count: int, draw: random.Random) -> Tensor:
+def scenes(count: int, rng: random.Random) -> Tensor:
     """Fresh scenes, (count, 3, 128, 128) in [-1, 1]."""
-    return to_tensor([render(random_state(draw), draw) for _ in range(count)])
+    return to_tensor([render(random_state(rng), rng) for _ in range(count)])
 
 
-def crops(count: int, draw: random.Random) -> Tensor:
+def crops(count: int, rng: random.Random) -> Tensor:
     """Crops of fresh scenes, (count, 3, 64, 64) in [-1, 1]."""
-    return to_tensor([_crop(render(training_state(draw), draw), draw) for _ in range(count)])
+    return to_tensor([_crop(render(training_state(rng), rng), rng) for _ in range(count)])
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -85,39 +82,41 @@ def psnr(model: AutoencoderTiny, count: int = 64, seed: int = 123456) -> float:
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, out: Path, start: Path | None = None) -> None:
-    """Trains, and writes the diffusers folder `out`, a preview beside it; `start` goes on from an earlier folder."""
+    """Trains and writes the diffusers folder `out`, a preview beside it; from the weights of `start` where given."""
     torch.manual_seed(recipe.seed)
-    draw = random.Random(recipe.seed)
-    model = AutoencoderTiny.from_pretrained(start, **HERE) if start else build_autoencoder(recipe)
+    rng = random.Random(recipe.seed)
+    model = (
+        AutoencoderTiny.from_pretrained(start, **LOCAL_SAFETENSORS) if start else build_autoencoder(recipe)
+    )
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), recipe.learning_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.learning_rate, recipe.steps, pct_start=0.03
     )
-    progress = Progress(recipe.steps)
-    with interrupts() as interrupted:
-        for step in range(1, recipe.steps + 1):
-            if step == max(1, int(recipe.steps * recipe.freeze_encoder_share)):
-                freeze_encoder(model, out)
-            pictures = crops(recipe.batch, draw)
-            latents = model.encode(pictures).latents
-            output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
-            loss = reconstruction_loss(output, pictures)
-            (loss + 1e-3 * latents.square().mean()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update(step, len(pictures), loss=loss.item())
-            if step % 500 == 0 or step == recipe.steps or interrupted:
-                save_autoencoder(model, out)
-            if interrupted:
-                raise interrupted[0]
+
+    def step_loss(step: int) -> dict[str, Tensor]:
+        if step == max(1, int(recipe.steps * recipe.freeze_encoder_share)):
+            freeze_encoder(model, out)
+        pictures = crops(recipe.batch, rng)
+        latents = model.encode(pictures).latents
+        output = model.decode(latents + recipe.latent_noise * torch.randn_like(latents)).sample
+        return {"loss": reconstruction_loss(output, pictures), "latents": latents.square().mean()}
+
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: save_autoencoder(model, out),
+        save_every=500,
+        weights={"latents": 1e-3},
+    )
     print(f"autoencoder: {psnr(model):.2f} dB on fresh scenes, in {out}")
 
 
 def freeze_encoder(model: AutoencoderTiny, out: Path) -> None:
-    """From here on only the decoder learns: latents stay what they are, so a UNet can train on them meanwhile."""
+    """From here on only the decoder learns: latents no longer change, so a UNet can be trained on them meanwhile."""
     model.encoder.requires_grad_(False)
     measure_scale(model)
     save_autoencoder(model, out)

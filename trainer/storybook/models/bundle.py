@@ -18,7 +18,7 @@ from minigpt5_core.vision import load_image_adapter, save_image_adapter
 from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
 from ..world.sample import write_world
-from .autoencoder import HERE
+from .autoencoder import LOCAL_SAFETENSORS
 
 LARGEST_FILE = 16 * 2**20
 
@@ -27,7 +27,7 @@ LARGEST_FILE = 16 * 2**20
 class BundleRecipe:
     """Where the parts are: a diffusers folder, runs' folders, a scorer; an empty one is left as it was.
 
-    `scorer`, `reference` (a run of the mapper alone) and `captions` (the rival's adapter) serve the benchmark only.
+    Only the benchmark uses `scorer`, `reference` (a run of the mapper alone) and `captions` (the caption baseline).
     """
 
     diffusion: str = ""
@@ -48,7 +48,7 @@ def write_bundle(recipe: BundleRecipe, out: Path) -> None:
     if recipe.diffusion:
         check_index(Path(recipe.diffusion))
         pipeline = StableDiffusionPipeline.from_pretrained(
-            recipe.diffusion, torch_dtype=torch.float16, **HERE
+            recipe.diffusion, torch_dtype=torch.float16, **LOCAL_SAFETENSORS
         )
         pipeline.save_pretrained(out / "diffusers")
         _suit_transformers_4(out / "diffusers")

@@ -1,4 +1,4 @@
-"""The benchmark's strongest rival: an LLM tuned to write a full caption behind each scene, for text-to-image to draw.
+"""The benchmark's strongest baseline: an LLM tuned to write a full caption after each scene, for text-to-image.
 
     python -m trainer caption-adapter --recipe trainer/recipes/storybook_caption_adapter.toml --out runs/captions
 
@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.generate import Prompt, Sampling
@@ -21,10 +21,9 @@ from minigpt5_core.llm import FrozenLLM, load_llm
 from minigpt5_core.llm.files import default_llm
 from minigpt5_core.story.prompts import Turn, chat_text
 
-from ...common.progress import Progress, interrupts
 from ...llm.adapters import save_adapter, trainable
 from ...llm.sequences import story_sequence, text_losses
-from ...training.loop import descend
+from ...training.optimise import optimise
 from ...training.setup import step_rng
 from ..world.stories import TrueScene, stories
 
@@ -34,7 +33,7 @@ CAPTIONING = Sampling(temperature=0.0, max_new_tokens=40, pictures="none", stop_
 
 @dataclass(frozen=True)
 class CaptionAdapterRecipe:
-    """As in finetune, but for the rank: 46 gives 2.65 M parameters, finetune's LoRA, voken rows and mapper 2.67 M."""
+    """As in finetune, except for the rank: 46 gives 2.65 M parameters, and finetune trains 2.67 M in all."""
 
     llm: str = ""
     stories: int = 8000
@@ -55,34 +54,34 @@ def captioned_turns(scenes: Sequence[TrueScene]) -> list[Turn]:
     return [Turn(s.request, f"{s.text}{OPEN}{s.caption}{CLOSE}", picture=False) for s in scenes]
 
 
-def caption_prompt(llm: FrozenLLM, told: Sequence[Turn], scene: TrueScene) -> Prompt:
-    """Everything up to where the last scene's caption begins, its sentence given."""
-    return Prompt(llm.encode(chat_text(llm, [*told, Turn(scene.request)]) + scene.text + OPEN))
+def caption_prompt(llm: FrozenLLM, earlier: Sequence[Turn], scene: TrueScene) -> Prompt:
+    """The story up to where the caption of `scene` begins, behind its sentence."""
+    return Prompt(llm.encode(chat_text(llm, [*earlier, Turn(scene.request)]) + scene.text + OPEN))
 
 
 def train_caption_adapter(recipe: CaptionAdapterRecipe, out: Path) -> PeftModel:
-    """Leaves `adapter/` in `out`; Ctrl-C saves what there is."""
+    """Writes `adapter/` in `out`; Ctrl-C saves it as it is then."""
     torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     folder = Path(recipe.llm) if recipe.llm else default_llm()
-    llm = load_llm(folder, device=accelerator.device)
+    llm = load_llm(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     adapted = get_peft_model(llm.causal_lm, _lora(recipe)).train()
     data = list(islice(stories(recipe.seed), recipe.stories))
     optimizer = torch.optim.AdamW(trainable(adapted), recipe.lora_rate, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps)
-    optimizer, schedule = accelerator.prepare(optimizer, schedule)
-    progress = Progress(recipe.steps)
-    with interrupts() as interrupted:
-        for step in range(1, recipe.steps + 1):
-            batch = step_rng(recipe.seed, step).sample(data, recipe.batch)
-            loss = text_losses(llm, [story_sequence(llm, captioned_turns(scenes)) for scenes in batch])
-            accelerator.backward(loss)
-            descend(accelerator, trainable(adapted), optimizer, schedule, {"text": loss.item()})
-            progress.update(step, recipe.batch, text=loss.item())
-            if step % recipe.save_every == 0 or step == recipe.steps or interrupted:
-                save_adapter(adapted, folder, out / "adapter")
-            if interrupted:
-                raise interrupted[0]
+
+    def step_loss(step: int) -> dict[str, Tensor]:
+        batch = step_rng(recipe.seed, step).sample(data, recipe.batch)
+        sequences = [story_sequence(llm, captioned_turns(scenes)) for scenes in batch]
+        return {"text": text_losses(llm, sequences)}
+
+    optimise(
+        optimizer,
+        get_cosine_schedule_with_warmup(optimizer, int(recipe.warmup * recipe.steps), recipe.steps),
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: save_adapter(adapted, folder, out / "adapter"),
+        save_every=recipe.save_every,
+    )
     return adapted
 
 

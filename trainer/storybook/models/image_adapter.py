@@ -1,15 +1,15 @@
-"""Teaches the frozen LLM to see: trains an image encoder and its projector, and nothing else.
+"""Gives the frozen LLM vision: trains an image encoder and its projector, and nothing else.
 
     python -m trainer image-adapter --recipe trainer/recipes/storybook_image_adapter.toml --out runs/image_adapter
 
-First the image tokens are drawn to the LLM's own embeddings of the words of the picture's caption, which needs no pass
-through the LLM and so takes minutes; then they learn through the LLM, as it is told stories and asked for captions.
+First the image tokens are fitted to the LLM's own embeddings of the words of the picture's caption, which needs no
+pass through the LLM and so takes minutes; then they are trained through the LLM, on stories and on captions.
 """
 
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,20 @@ from minigpt5_core.vision import (
 )
 from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
-from ...common.progress import Progress, interrupts
 from ...common.provenance import package_version
 from ...diffusion import TextTargets, load_frozen_diffusion
 from ...llm.sequences import story_losses, story_sequence, text_losses
+from ...training.optimise import optimise
 from ..world.render import render
 from ..world.state import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
 from ..world.stories import held_out_state, stories, training_state
-from ..world.visual_turns import caption_turns, questions, shown_turns, soft_pictures, told_scenes
+from ..world.visual_turns import (
+    caption_turns,
+    interleaved_turns,
+    questions,
+    scenes_to_generate,
+    soft_pictures,
+)
 
 Save = Callable[[], None]
 CAPTION = re.compile(
@@ -56,8 +62,9 @@ CAPTION = re.compile(
 
 @dataclass(frozen=True)
 class ImageAdapterRecipe:
-    """Two legs: `word_steps` of `word_batch` pictures, then `story_steps` of `story_batch` stories and
-    `caption_batch` questions. `alignment_weight` counts what the mapper answers to the vokens behind a picture."""
+    """Two phases: `word_steps` of `word_batch` pictures, then `story_steps` of `story_batch` stories and
+    `caption_batch` questions. `alignment_weight` is the weight of the caption loss, on what the mapper makes of the
+    vokens behind a picture."""
 
     llm: str = ""
     adapter: str = "storybook/loras/storybook"
@@ -78,7 +85,7 @@ class ImageAdapterRecipe:
 
 
 def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | None = None) -> dict[str, float]:
-    """Leaves `image_adapter.safetensors` in `out`, and returns the share of held-out captions right, by fact."""
+    """Writes `image_adapter.safetensors` in `out`, and returns the share of held-out captions right, by fact."""
     torch.manual_seed(recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(recipe.llm) if recipe.llm else default_llm()
@@ -86,7 +93,7 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
     mapper = load_mapper(Path(recipe.mapper))[0].to(device)
     llm = load_adapter(load_llm(folder, mapper.config.vokens, device=device), Path(recipe.adapter))
     encoder, earlier = _encoder(recipe, llm, start)
-    llm = llm.with_vision(encoder.to(device))
+    llm = replace(llm, image_encoder=encoder.to(device))
     steps = f"{recipe.word_steps} + {recipe.story_steps}"
     trained = {
         "stage": "image adapter",
@@ -130,82 +137,98 @@ def _encoder(
     return encoder, {}
 
 
-def _states(draw: random.Random, count: int) -> list[State]:
-    return [training_state(draw) for _ in range(count)]
+def _states(rng: random.Random, count: int) -> list[State]:
+    return [training_state(rng) for _ in range(count)]
 
 
 def _train_words(recipe: ImageAdapterRecipe, llm: FrozenLLM, save: Save) -> None:
-    """The first leg: image token k is drawn to the embedding of the caption's token k, full stops behind the last."""
+    """The first phase: image token k is fitted to the embedding of the caption's token k, padded with full stops."""
     encoder = llm.image_encoder
     assert isinstance(encoder, ImageEncoder)
-    draw = random.Random(f"words/{recipe.seed}")
+    rng = random.Random(f"words/{recipe.seed}")
     count = encoder.config.tokens
     stop = llm.encode(".")[0]
 
-    def step_loss() -> Tensor:
-        states = _states(draw, recipe.word_batch)
+    def step_loss(step: int) -> dict[str, Tensor]:
+        states = _states(rng, recipe.word_batch)
         ids = [(llm.encode(state.caption()) + [stop] * count)[:count] for state in states]
         target = llm.embed(torch.tensor(ids, device=llm.device)).detach()
-        return caption_loss(encoder(soft_pictures(states, draw).to(llm.device)), target, encoder.scale)
+        tokens = encoder(soft_pictures(states, rng).to(llm.device))
+        return {"loss": caption_loss(tokens, target, encoder.scale)}
 
-    _optimise(encoder.train(), recipe.word_steps, recipe.word_rate, 10 * recipe.save_every, step_loss, save)
+    _optimise(
+        encoder.train(),
+        step_loss,
+        steps=recipe.word_steps,
+        samples=recipe.word_batch,
+        rate=recipe.word_rate,
+        save_every=10 * recipe.save_every,
+        save=save,
+    )
 
 
 def _train_stories(recipe: ImageAdapterRecipe, llm: FrozenLLM, mapper: Mapper, save: Save) -> None:
-    """The second leg: stories with pictures in them, and captions, through the frozen LLM and the frozen mapper."""
+    """The second phase: stories with pictures in them, and captions, through the frozen LLM and the frozen mapper."""
     encoder = llm.image_encoder
     assert isinstance(encoder, ImageEncoder)
-    some = [state.caption() for state in _states(random.Random(1), 500)]
-    targets = TextTargets(load_frozen_diffusion(Path(recipe.diffusion)).to(llm.device), some)
-    draw = random.Random(f"stories/{recipe.seed}")
-    told = stories(recipe.seed + 1000)
+    captions = [state.caption() for state in _states(random.Random(1), 500)]
+    targets = TextTargets(load_frozen_diffusion(Path(recipe.diffusion)).to(llm.device), captions)
+    rng = random.Random(f"stories/{recipe.seed}")
+    stream = stories(recipe.seed + 1000)
 
-    def step_loss() -> Tensor:
-        batch = list(islice(told, recipe.story_batch))
-        told_turns = [shown_turns(llm, scenes, draw) for scenes in batch]
-        voken_states, text = story_losses(llm, [story_sequence(llm, turns) for turns in told_turns])
-        captions = [
+    def step_loss(step: int) -> dict[str, Tensor]:
+        batch = list(islice(stream, recipe.story_batch))
+        batch_turns = [interleaved_turns(llm, scenes, rng) for scenes in batch]
+        voken_states, text = story_losses(llm, [story_sequence(llm, turns) for turns in batch_turns])
+        own_captions = [
             scene.caption
-            for scenes, turns in zip(batch, told_turns, strict=True)
-            for scene in told_scenes(scenes, turns)
+            for scenes, turns in zip(batch, batch_turns, strict=True)
+            for scene in scenes_to_generate(scenes, turns)
         ]
-        alignment = targets.loss(mapper(voken_states), captions, standardised=True)
-        asked = [story_sequence(llm, turns) for turns in questions(llm, recipe.caption_batch, draw)]
-        return text + recipe.alignment_weight * alignment + text_losses(llm, asked)
+        caption = targets.loss(mapper(voken_states), own_captions, standardised=True)
+        questioned = [story_sequence(llm, turns) for turns in questions(llm, recipe.caption_batch, rng)]
+        return {"text": text, "caption": caption, "question_text": text_losses(llm, questioned)}
 
-    # batch statistics were learned from many pictures; a handful here would only blur them
-    _optimise(encoder.eval(), recipe.story_steps, recipe.story_rate, recipe.save_every, step_loss, save)
+    _optimise(
+        encoder.eval(),  # batch statistics were learned from many pictures; a handful here would only blur them
+        step_loss,
+        steps=recipe.story_steps,
+        samples=recipe.story_batch,
+        rate=recipe.story_rate,
+        save_every=recipe.save_every,
+        save=save,
+        weights={"caption": recipe.alignment_weight},
+    )
 
 
 def _optimise(
     encoder: ImageEncoder,
+    step_loss: Callable[[int], dict[str, Tensor]],
+    *,
     steps: int,
+    samples: int,
     rate: float,
     save_every: int,
-    step_loss: Callable[[], Tensor],
     save: Save,
+    weights: dict[str, float] | None = None,
 ) -> None:
-    """One cycle of AdamW over the encoder; Ctrl-C ends the step, saves and is passed on."""
+    """One cycle of AdamW over the encoder."""
     optimizer = torch.optim.AdamW(encoder.parameters(), rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(2, steps), pct_start=0.1)
-    progress = Progress(steps)
-    with interrupts() as interrupted:
-        for step in range(1, steps + 1):
-            loss = step_loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.update(step, 1, loss=loss.item())
-            if step % save_every == 0 or step == steps or interrupted:
-                save()
-            if interrupted:
-                raise interrupted[0]
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=steps,
+        samples=samples,
+        save=save,
+        save_every=save_every,
+        weights=weights,
+    )
 
 
 def read_caption(text: str) -> State | None:
-    """What a caption of the world says; None for any other text."""
+    """The state that a caption of the world describes; None for any other text."""
     found = CAPTION.search(text)
     if found is None:
         return None
@@ -222,21 +245,21 @@ def read_caption(text: str) -> State | None:
 @torch.no_grad()
 def caption_accuracy(llm: FrozenLLM, count: int, seed: int = 0) -> dict[str, float]:
     """The share of facts right in the LLM's captions of fresh pictures, all of held-out combinations."""
-    draw = random.Random(f"captions test/{seed}")
-    states = [held_out_state(draw) for _ in range(count)]
+    rng = random.Random(f"captions test/{seed}")
+    states = [held_out_state(rng) for _ in range(count)]
     right = dict.fromkeys(FACTS, 0)
     for first in range(0, count, 20):
         part = states[first : first + 20]
-        for state, said in zip(part, captions(llm, [render(state, draw) for state in part]), strict=True):
-            read = read_caption(said)
+        for state, answer in zip(part, captions(llm, [render(state, rng) for state in part]), strict=True):
+            read = read_caption(answer)
             for name in FACTS:
                 right[name] += read is not None and getattr(read, name) == getattr(state, name)
     return {name: value / count for name, value in right.items()}
 
 
 def captions(llm: FrozenLLM, pictures: Sequence[Image.Image]) -> list[str]:
-    """What the LLM says each picture shows."""
-    asking = Sampling(temperature=0.0, max_new_tokens=32, pictures="none")
+    """The LLM's caption of each picture."""
+    sampling = Sampling(temperature=0.0, max_new_tokens=32, pictures="none")
     images = [llm.see(picture_tensor(picture)) for picture in pictures]
     prompts = [chat_prompt(llm, caption_turns(image)) for image in images if image is not None]
-    return [reply.text for reply in generate(llm, prompts, asking, [0] * len(prompts))]
+    return [reply.text for reply in generate(llm, prompts, sampling, [0] * len(prompts))]

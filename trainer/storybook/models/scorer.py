@@ -1,5 +1,6 @@
-"""The scorer: a small classifier of hero, prop, place and time. It only measures; nothing is trained against it."""
+"""The scorer: a small classifier of hero, prop, place and time. It only measures: no model is trained against it."""
 
+import math
 import random
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,8 +16,8 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.tensor_files import atomic_save
 
 from ...common.images import to_tensor
-from ...common.progress import Progress
-from ..world.augment import weather
+from ...training.optimise import optimise
+from ..world.augment import augment
 from ..world.render import render
 from ..world.state import HEROES, PLACES, PROPS, TIMES, State
 from ..world.stories import random_state
@@ -74,14 +75,14 @@ class Scorer(nn.Module):
         return [State(**{name: chosen[name][i] for name in CLASSES}) for i in range(len(pictures))]
 
 
-def _batch(count: int, draw: random.Random, weathered: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    states = [random_state(draw) for _ in range(count)]
-    pictures = [render(state, draw) for state in states]
-    if weathered:
-        pictures = [weather(picture, draw) for picture in pictures]
+def _batch(count: int, rng: random.Random, augmented: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    states = [random_state(rng) for _ in range(count)]
+    pictures = [render(state, rng) for state in states]
+    if augmented:
+        pictures = [augment(picture, rng) for picture in pictures]
     images = to_tensor(pictures)
-    if weathered and draw.random() < 0.5:
-        images = images + draw.uniform(0, 0.15) * torch.randn_like(images)
+    if augmented and rng.random() < 0.5:
+        images = images + rng.uniform(0, 0.15) * torch.randn_like(images)
     labels = {
         name: torch.tensor([values.index(getattr(state, name)) for state in states])
         for name, values in CLASSES.items()
@@ -92,23 +93,28 @@ def _batch(count: int, draw: random.Random, weathered: bool) -> tuple[Tensor, di
 def train_scorer(recipe: ScorerRecipe, out: Path) -> dict[str, float]:
     """Trains, writes `out`, and returns the share right of each class on 1000 fresh renders."""
     torch.manual_seed(recipe.seed)
-    draw = random.Random(f"scorer/{recipe.seed}")
+    rng = random.Random(f"scorer/{recipe.seed}")
     scorer = Scorer()
     optimizer = torch.optim.AdamW(scorer.parameters(), recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps)
-    progress = Progress(recipe.steps)
-    for step in range(1, recipe.steps + 1):
-        images, labels = _batch(recipe.batch, draw, weathered=True)
+
+    def step_loss(step: int) -> dict[str, Tensor]:
+        images, labels = _batch(recipe.batch, rng, augmented=True)
         logits = scorer(images)
-        loss = torch.stack([functional.cross_entropy(logits[name], labels[name]) for name in CLASSES]).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.update(step, recipe.batch, loss=loss.item())
+        return {name: functional.cross_entropy(logits[name], labels[name]) for name in CLASSES}
+
+    optimise(
+        optimizer,
+        schedule,
+        step_loss,
+        steps=recipe.steps,
+        samples=recipe.batch,
+        save=lambda: atomic_save(scorer.state_dict(), out, {"format": "pt"}),
+        save_every=recipe.steps,
+        max_norm=math.inf,
+    )
     scorer.eval()
     scores = accuracy(scorer, 1000)
-    atomic_save(scorer.state_dict(), out, {"format": "pt"})
     print("scorer:", "  ".join(f"{name} {share:.3f}" for name, share in scores.items()), f"in {out}")
     return scores
 
@@ -116,10 +122,10 @@ def train_scorer(recipe: ScorerRecipe, out: Path) -> dict[str, float]:
 @torch.no_grad()
 def accuracy(scorer: Scorer, count: int, seed: int = 1) -> dict[str, float]:
     """The share right of each class on fresh renders."""
-    draw = random.Random(f"scorer test/{seed}")
+    rng = random.Random(f"scorer test/{seed}")
     right = dict.fromkeys(CLASSES, 0)
     for _ in range(count // 50):
-        images, labels = _batch(50, draw, weathered=False)
+        images, labels = _batch(50, rng, augmented=False)
         logits = scorer(images)
         for name in CLASSES:
             right[name] += int((logits[name].argmax(1) == labels[name]).sum())

@@ -1,4 +1,4 @@
-"""Writes records in the layouts that can be read: the storybook's stories as anyone's data, to try a format with."""
+"""Writes the layouts that the trainer reads: the storybook's stories, to try a format with."""
 
 import json
 import random
@@ -36,24 +36,23 @@ def picture_of(seed: int, number: int, index: int, scene: TrueScene) -> Image.Im
     return render(scene.state, random.Random(f"export/{seed}/{number}/{index}"))
 
 
-def _scenes(told: Sequence[Story], seed: int) -> Iterator[tuple[str, TrueScene, Image.Image]]:
-    for number, story in enumerate(told):
+def _scenes(all_stories: Sequence[Story], seed: int) -> Iterator[tuple[str, TrueScene, Image.Image]]:
+    for number, story in enumerate(all_stories):
         for index, scene in enumerate(story):
             yield f"{number:05}_{index}", scene, picture_of(seed, number, index, scene)
 
 
-def _save_all(told: Sequence[Story], seed: int, folder: Path, suffix: str) -> None:
+def _save_all(all_stories: Sequence[Story], seed: int, folder: Path, suffix: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, _, picture in _scenes(told, seed):
-        picture.save(
-            folder / f"{name}{suffix}", quality=95, subsampling=0
-        )  # what .jpg can do; .png does not care
+    for name, _, picture in _scenes(all_stories, seed):
+        # the options are for .jpg; .png ignores them
+        picture.save(folder / f"{name}{suffix}", quality=95, subsampling=0)
 
 
-def _jsonl(told: Sequence[Story], seed: int, out: Path) -> Path:
-    _save_all(told, seed, out / "pictures", ".png")
+def _jsonl(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    _save_all(all_stories, seed, out / "pictures", ".png")
     lines = []
-    for number, story in enumerate(told):
+    for number, story in enumerate(all_stories):
         items: list[dict[str, str]] = []
         for index, scene in enumerate(story):
             picture = f"pictures/{number:05}_{index}.png"
@@ -66,23 +65,23 @@ def _jsonl(told: Sequence[Story], seed: int, out: Path) -> Path:
     return _write(out / "stories.jsonl", lines)
 
 
-def _folder(told: Sequence[Story], seed: int, out: Path) -> Path:
-    _save_all(told, seed, out, ".png")
-    for name, scene, _ in _scenes(told, seed):
+def _folder(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    _save_all(all_stories, seed, out, ".png")
+    for name, scene, _ in _scenes(all_stories, seed):
         (out / f"{name}.txt").write_text(scene.caption + "\n", encoding="utf-8")
     return out
 
 
-def _cc3m(told: Sequence[Story], seed: int, out: Path) -> Path:
-    _save_all(told, seed, out / "pictures", ".png")
-    lines = [f"{scene.caption}\tpictures/{name}.png" for name, scene, _ in _scenes(told, seed)]
+def _cc3m(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    _save_all(all_stories, seed, out / "pictures", ".png")
+    lines = [f"{scene.caption}\tpictures/{name}.png" for name, scene, _ in _scenes(all_stories, seed)]
     return _write(out / "captions.tsv", ["caption\timage_path", *lines])
 
 
-def _webdataset(told: Sequence[Story], seed: int, out: Path) -> Path:
-    for shard in range(0, len(told), 1000):
+def _webdataset(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    for shard in range(0, len(all_stories), 1000):
         with tarfile.open(out / f"{shard // 1000:05}.tar", "w") as file:
-            for name, scene, picture in _scenes(told[shard : shard + 1000], seed):
+            for name, scene, picture in _scenes(all_stories[shard : shard + 1000], seed):
                 content = BytesIO()
                 picture.save(content, "PNG")
                 _add(file, f"{shard}-{name}.png", content.getvalue())
@@ -96,24 +95,24 @@ def _add(file: tarfile.TarFile, name: str, content: bytes) -> None:
     file.addfile(member, BytesIO(content))
 
 
-def _vist(told: Sequence[Story], seed: int, out: Path) -> Path:
-    _save_all(told, seed, out / "images", ".png")
+def _vist(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    _save_all(all_stories, seed, out / "images", ".png")
     rows = {
         f"{number:05}": [
             {"caption": scene.text, "image_id": f"{number:05}_{index}", "sequence_index": index}
             for index, scene in enumerate(story)
         ]
-        for number, story in enumerate(told)
+        for number, story in enumerate(all_stories)
     }
     files = {row["image_id"]: f"images/{row['image_id']}.png" for story in rows.values() for row in story}
     (out / "train_image_mapping.json").write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
     return _write(out / "train_cleaned.json", [json.dumps(rows, ensure_ascii=False, indent=1)])
 
 
-def _mmdialog(told: Sequence[Story], seed: int, out: Path) -> Path:
-    _save_all(told, seed, out, ".jpg")
+def _mmdialog(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    _save_all(all_stories, seed, out, ".jpg")
     lines = []
-    for number, story in enumerate(told):
+    for number, story in enumerate(all_stories):
         turns: list[dict] = []
         for index, scene in enumerate(story):
             answer = [{"__TEXT__": scene.text}, {"__MEDIA__": f"{number:05}_{index}"}]

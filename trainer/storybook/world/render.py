@@ -57,7 +57,7 @@ def _paste(picture: Image.Image, character: str, size: int, left: int, bottom: i
     picture.paste(image, (left, bottom - size), image)
 
 
-def _backdrop(state: State, draw: random.Random) -> Image.Image:
+def _backdrop(state: State, rng: random.Random) -> Image.Image:
     night = state.time == "night"
     place = PLACES[state.place]
     picture = Image.new("RGB", (SIZE, SIZE), SKY[state.time])
@@ -65,33 +65,33 @@ def _backdrop(state: State, draw: random.Random) -> Image.Image:
     pen.rectangle((0, HORIZON, SIZE, SIZE), place.ground[night])
     if place.sea:
         pen.rectangle((0, HORIZON - 16, SIZE, HORIZON - 1), SEA[state.time])
-    _paste(picture, "🌙" if night else "☀", 24, CELL * draw.choice((1, 6, 12)), 32)
+    _paste(picture, "🌙" if night else "☀", 24, CELL * rng.choice((1, 6, 12)), 32)
     for (character, size), column in zip(
-        place.scenery, draw.choice(((0, 5, 10), (1, 9, 5), (9, 1, 5))), strict=False
+        place.scenery, rng.choice(((0, 5, 10), (1, 9, 5), (9, 1, 5))), strict=False
     ):
         _paste(picture, character, size, CELL * column, HORIZON + CELL)
     return picture
 
 
-def render(state: State, draw: random.Random) -> Image.Image:
-    """The scene's picture, 128x128 RGB; `draw` decides where things stand."""
-    return render_with_figures(state, draw)[0]
+def render(state: State, rng: random.Random) -> Image.Image:
+    """The scene's picture, 128x128 RGB; `rng` decides where things stand."""
+    return render_with_figures(state, rng)[0]
 
 
-def render_with_figures(state: State, draw: random.Random) -> tuple[Image.Image, np.ndarray]:
+def render_with_figures(state: State, rng: random.Random) -> tuple[Image.Image, np.ndarray]:
     """The scene's picture, and which of its 16x16 cells show hero, prop or companion (row, column)."""
-    picture = _backdrop(state, draw)
+    picture = _backdrop(state, rng)
     backdrop = picture.copy()
-    _add_figures(picture, state, draw)
+    _add_figures(picture, state, rng)
     changed = np.asarray(ImageChops.difference(picture, backdrop)).any(axis=2)
     side = SIZE // CELL
     cells: np.ndarray = np.any(changed.reshape(side, CELL, side, CELL), axis=(1, 3))
     return picture, cells
 
 
-def _add_figures(picture: Image.Image, state: State, draw: random.Random) -> None:
+def _add_figures(picture: Image.Image, state: State, rng: random.Random) -> None:
     hero_on_left = state.place in HERO_ON_LEFT
-    column = draw.choice(HERO_COLUMNS[:2] if hero_on_left else HERO_COLUMNS[2:])
+    column = rng.choice(HERO_COLUMNS[:2] if hero_on_left else HERO_COLUMNS[2:])
     _paste(picture, HEROES[state.hero], HERO_SIZE, CELL * column, SIZE - CELL)
     if state.prop:
         _paste(

@@ -14,7 +14,7 @@ from .render import render
 from .state import BY_TIME, COMPANIONS, HEROES, PLACES, PROPS
 from .stories import stories
 
-# Words that draw nothing but that people write; without them every prompt would be told off for its grammar.
+# Words that draw nothing but that people write; without them every prompt would get a warning for its grammar.
 PLAIN_WORDS = (
     "a about after again all along also an and another are around as asks at away back be because becomes been before "
     "begin begins big bright but by called came can cold come comes could day decides did do does down each every "
@@ -39,13 +39,13 @@ class SampleRecipe:
 
 def world_words() -> list[str]:
     """Every word of the world's sentences and captions."""
-    told = [scene for story in islice(stories(0), 3000) for scene in story]
-    text = " ".join(f"{scene.text} {scene.caption} {scene.request}" for scene in told)
+    scenes = [scene for story in islice(stories(0), 3000) for scene in story]
+    text = " ".join(f"{scene.text} {scene.caption} {scene.request}" for scene in scenes)
     return sorted(set(re.findall(r"[^\W\d_]+", text.lower())))
 
 
 def write_world(path: Path) -> None:
-    """`world.json`: what there is, and the words by which the main job tells what it cannot draw."""
+    """`world.json`: what there is, and the words by which the pipeline knows what it cannot draw."""
     world = {
         "heroes": list(HEROES),
         "props": {name: phrase for name, (phrase, _) in PROPS.items()},
@@ -63,13 +63,13 @@ def write_sample(recipe: SampleRecipe, out: Path) -> None:
     if recipe.split not in ("train", "test"):
         raise BadInputError(f"split is {recipe.split!r}; it can be train or test.")
     (out / "pictures").mkdir(parents=True, exist_ok=True)
-    draw = random.Random(f"sample/{recipe.seed}")
+    rng = random.Random(f"sample/{recipe.seed}")
     lines, pictures = [], []
     for number, story in enumerate(islice(stories(recipe.seed, recipe.split), recipe.stories)):
         items = []
         for index, scene in enumerate(story):
             name = f"pictures/{number:05d}_{index}.png"
-            picture = render(scene.state, draw)
+            picture = render(scene.state, rng)
             picture.save(out / name)
             pictures.append(picture)
             items.append(

@@ -32,7 +32,7 @@ from ...training.config import StageRecipe
 from .render import render
 from .state import State
 from .stories import TrueScene, stories, training_state
-from .visual_turns import questions, shown_turns, told_scenes
+from .visual_turns import interleaved_turns, questions, scenes_to_generate
 
 NAME = "storybook"
 MOST_CAPTIONS = 8000  # of about 9,500 different ones that are not held out
@@ -192,10 +192,10 @@ def story_example(
     """A whole story; to an LLM that sees, with pictures shown in a share of the stories. Targets that are not `seeded`
     get their seeds where they are used."""
     if llm.has_vision and rng.random() < shown_share:
-        turns = shown_turns(llm, scenes, rng)
+        turns = interleaved_turns(llm, scenes, rng)
     else:
         turns = [Turn(scene.request, scene.text) for scene in scenes]
-    drawn = told_scenes(scenes, turns)
+    drawn = scenes_to_generate(scenes, turns)
     return Example(turns, [picture_target(scene.state, rng if seeded else None) for scene in drawn])
 
 

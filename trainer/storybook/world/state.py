@@ -31,7 +31,7 @@ COMPANIONS = {"butterfly": "🦋", "bee": "🐝", "snail": "🐌", "chick": "�
 
 @dataclass(frozen=True)
 class Place:
-    """How a place is drawn and spoken of.
+    """How a place is drawn and described.
 
     `where` completes "is ..."; `to` completes "walks ..."; colours are (day, night) RGB; `scenery` holds
     (glyph, size in px) pairs that stand on the horizon.

@@ -77,64 +77,64 @@ class TrueScene:
         return self.state.caption()
 
 
-def random_state(draw: random.Random) -> State:
+def random_state(rng: random.Random) -> State:
     """Any state; three in four carry something, one in six has company."""
     return State(
-        hero=draw.choice(list(HEROES)),
-        place=draw.choice(list(PLACES)),
-        time=draw.choice(TIMES),
-        prop=draw.choice(list(PROPS)) if draw.random() < 0.75 else None,
-        companion=draw.choice(list(COMPANIONS)) if draw.random() < 1 / 6 else None,
+        hero=rng.choice(list(HEROES)),
+        place=rng.choice(list(PLACES)),
+        time=rng.choice(TIMES),
+        prop=rng.choice(list(PROPS)) if rng.random() < 0.75 else None,
+        companion=rng.choice(list(COMPANIONS)) if rng.random() < 1 / 6 else None,
     )
 
 
-def training_state(draw: random.Random) -> State:
+def training_state(rng: random.Random) -> State:
     """Any state that is not held out."""
-    while held_out(state := random_state(draw)):
+    while held_out(state := random_state(rng)):
         pass
     return state
 
 
-def held_out_state(draw: random.Random) -> State:
+def held_out_state(rng: random.Random) -> State:
     """Any state that is held out."""
-    while not held_out(state := random_state(draw)):
+    while not held_out(state := random_state(rng)):
         pass
     return state
 
 
-def change_a_fact(state: State, draw: random.Random) -> State:
+def change_a_fact(state: State, rng: random.Random) -> State:
     """The state with one fact of it another; never a held-out combination."""
     known = {
         "hero": tuple(HEROES), "prop": (None, *PROPS), "place": tuple(PLACES), "time": TIMES,
         "companion": (None, *COMPANIONS),
     }  # fmt: skip
-    fact = draw.choices(tuple(known), (2, 4, 2, 2, 1))[0]
+    fact = rng.choices(tuple(known), (2, 4, 2, 2, 1))[0]
     others = [state.but(**{fact: value}) for value in known[fact] if value != getattr(state, fact)]
     allowed = [other for other in others if not held_out(other)]
-    return draw.choice(allowed) if allowed else change_a_fact(state, draw)
+    return rng.choice(allowed) if allowed else change_a_fact(state, rng)
 
 
 class _Teller:
     """Words of one story: who it is about, and by which name or pronoun the next sentence calls them."""
 
-    def __init__(self, draw: random.Random, kind: str) -> None:
-        self.draw, self.kind = draw, kind
-        self.she = draw.choice(("she", "he"))
-        self.name = draw.choice(NAMES[self.she])
+    def __init__(self, rng: random.Random, kind: str) -> None:
+        self.rng, self.kind = rng, kind
+        self.she = rng.choice(("she", "he"))
+        self.name = rng.choice(NAMES[self.she])
 
     def say(self, templates: tuple[str, ...], state: State) -> str:
         """One of the templates, filled in; the subject is the name or the pronoun."""
-        named = self.draw.random() < 0.4
+        named = self.rng.random() < 0.4
         place = PLACES[state.place]
-        sentence = self.draw.choice(templates).format(
+        sentence = self.rng.choice(templates).format(
             name=self.name,
             kind=self.kind,
             she=self.she.capitalize(),
             her=self.name if named else OBJECT_FORM[self.she],
             who=self.name if named else self.she.capitalize(),
             lower=self.name if named else self.she,
-            where=self.draw.choice(place.where),
-            to=self.draw.choice(place.to),
+            where=self.rng.choice(place.where),
+            to=self.rng.choice(place.to),
             prop=PROPS[state.prop][0] if state.prop else "",
             friend=state.companion or "",
             time=state.time,
@@ -142,9 +142,9 @@ class _Teller:
         return sentence.replace("a orange", "an orange")
 
 
-def _first_state(draw: random.Random) -> State:
-    state = random_state(draw)
-    return state.but(prop=state.prop if draw.random() < 0.5 else None, companion=None)
+def _first_state(rng: random.Random) -> State:
+    state = random_state(rng)
+    return state.but(prop=state.prop if rng.random() < 0.5 else None, companion=None)
 
 
 def _first_scene(teller: _Teller, state: State) -> TrueScene:
@@ -157,14 +157,14 @@ def _first_scene(teller: _Teller, state: State) -> TrueScene:
 
 def _opening_request(teller: _Teller, state: State, text: str) -> str:
     """What a reader may have asked for: the opening itself in other words, or only a part of it."""
-    draw = teller.draw
-    prop = f" with a {PROPS[state.prop][0]}" if state.prop and draw.random() < 0.7 else ""
-    where = " " + draw.choice(PLACES[state.place].where) if draw.random() < 0.7 else ""
-    when = " at night" if state.time == "night" else draw.choice(("", "", " on a sunny day"))
-    who = draw.choice(
+    rng = teller.rng
+    prop = f" with a {PROPS[state.prop][0]}" if state.prop and rng.random() < 0.7 else ""
+    where = " " + rng.choice(PLACES[state.place].where) if rng.random() < 0.7 else ""
+    when = " at night" if state.time == "night" else rng.choice(("", "", " on a sunny day"))
+    who = rng.choice(
         (f"{teller.name} the {teller.kind}", f"{teller.name} the {teller.kind}", f"a {teller.kind}")
     )
-    request = draw.choice(
+    request = rng.choice(
         (
             text,
             teller.say(OPENINGS_WITH_PROP if state.prop else OPENINGS, state)
@@ -175,22 +175,22 @@ def _opening_request(teller: _Teller, state: State, text: str) -> str:
         )
     )
     request = request.replace("a orange", "an orange")
-    return request[0].upper() + request[1:] if draw.random() < 0.8 else request
+    return request[0].upper() + request[1:] if rng.random() < 0.8 else request
 
 
-def _change(draw: random.Random, state: State) -> tuple[str, State]:
+def _change(rng: random.Random, state: State) -> tuple[str, State]:
     """What happens next: the kind of change, and the state after it."""
-    kind = draw.choices(
+    kind = rng.choices(
         ("place", "prop", "time", "companion", "rest"), (30, 45 if state.prop is None else 8, 20, 10, 14)
     )[0]
     if kind == "place":
-        return kind, state.but(place=draw.choice([name for name in PLACES if name != state.place]))
+        return kind, state.but(place=rng.choice([name for name in PLACES if name != state.place]))
     if kind == "prop":
-        return kind, state.but(prop=draw.choice([name for name in PROPS if name != state.prop]))
+        return kind, state.but(prop=rng.choice([name for name in PROPS if name != state.prop]))
     if kind == "time":
         return kind, state.but(time="day" if state.time == "night" else "night")
     if kind == "companion":
-        return kind, state.but(companion=None if state.companion else draw.choice(list(COMPANIONS)))
+        return kind, state.but(companion=None if state.companion else rng.choice(list(COMPANIONS)))
     return kind, state
 
 
@@ -208,26 +208,26 @@ def _wordings(kind: str, before: State, after: State) -> tuple[str, ...]:
 
 
 def _next_scene(teller: _Teller, before: State) -> TrueScene:
-    draw = teller.draw
-    kind, after = _change(draw, before)
+    rng = teller.rng
+    kind, after = _change(rng, before)
     wordings = _wordings(kind, before, after)
     leaving = kind == "companion" and after.companion is None
     text = teller.say(wordings, before if leaving else after)
-    if kind != "rest" and draw.random() < 0.35:
+    if kind != "rest" and rng.random() < 0.35:
         text = f"{text} {teller.say(RESTS, after)}"
     request = NEXT
-    if draw.random() < ASKED_SHARE:  # in words of its own, or as the story itself might say it
-        own = REQUESTS[kind] if not leaving and draw.random() < 0.5 else ()
+    if rng.random() < ASKED_SHARE:  # in words of its own, or as the story itself might say it
+        own = REQUESTS[kind] if not leaving and rng.random() < 0.5 else ()
         request = teller.say(own or wordings, before if leaving else after)
     return TrueScene(request, text, after, names_kind=False, names_prop=kind == "prop")
 
 
-def story(draw: random.Random) -> list[TrueScene]:
+def story(rng: random.Random) -> list[TrueScene]:
     """One story of 4 to 6 scenes."""
-    state = _first_state(draw)
-    teller = _Teller(draw, state.hero)
+    state = _first_state(rng)
+    teller = _Teller(rng, state.hero)
     scenes = [_first_scene(teller, state)]
-    for _ in range(draw.randint(3, 5)):
+    for _ in range(rng.randint(3, 5)):
         scenes.append(_next_scene(teller, scenes[-1].state))
     return scenes
 
@@ -238,8 +238,8 @@ def stories(seed: int, split: str = "train") -> Iterator[list[TrueScene]]:
     A `train` or `validation` story shows no held-out combination of hero, prop and place; a `test` story shows at least
     one. Nothing is trained on the latter two.
     """
-    draw = random.Random(f"{split}/{seed}")
+    rng = random.Random(f"{split}/{seed}")
     while True:
-        scenes = story(draw)
+        scenes = story(rng)
         if any(held_out(scene.state) for scene in scenes) == (split == "test"):
             yield scenes
