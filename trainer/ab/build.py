@@ -22,7 +22,7 @@ LINE = '{"id": "story_000", "items": [{"text": "Mia waits."}, {"picture": "pictu
 
 
 @dataclass(frozen=True)
-class Told:
+class RatedStory:
     """A system's story, and the file and line it was read from."""
 
     items: list[Item]
@@ -55,18 +55,18 @@ def build_study(
         raise BadInputError(f"--pairs is {pairs}; expected 1 or more.")
     systems = _names(a, b, names)
     _check_new(out)
-    told = {"a": read_system(a), "b": read_system(b)}
-    common = sorted(told["a"].keys() & told["b"].keys())
+    stories = {"a": read_system(a), "b": read_system(b)}
+    common = sorted(stories["a"].keys() & stories["b"].keys())
     if not common:
         raise BadInputError(
-            f"No id is in both files: {a} has {_some(told['a'])}, {b} has {_some(told['b'])}. "
+            f"No id is in both files: {a} has {_some(stories['a'])}, {b} has {_some(stories['b'])}. "
             "Expected the same stories told by both systems, under the same ids."
         )
-    study = _write(out, systems, told, _draw(common, pairs, seed), seed)
-    return Built(study, len(common), len(told["a"]) - len(common), len(told["b"]) - len(common))
+    study = _write(out, systems, stories, _draw(common, pairs, seed), seed)
+    return Built(study, len(common), len(stories["a"]) - len(common), len(stories["b"]) - len(common))
 
 
-def read_system(path: Path) -> dict[str, Told]:
+def read_system(path: Path) -> dict[str, RatedStory]:
     """A system's stories by id, from JSON Lines; BadInputError names the line that is wrong."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at U+2028 too
@@ -76,7 +76,7 @@ def read_system(path: Path) -> dict[str, Told]:
         ) from error
     except UnicodeDecodeError as error:
         raise BadInputError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from error
-    stories: dict[str, Told] = {}
+    stories: dict[str, RatedStory] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
             name, items = _story(line, f"{path}, line {number}")
@@ -84,7 +84,7 @@ def read_system(path: Path) -> dict[str, Told]:
                 raise BadInputError(
                     f"{path}, line {number}: id {name!r} was in line {stories[name].line} too."
                 )
-            stories[name] = Told(items, path, number)
+            stories[name] = RatedStory(items, path, number)
     if not stories:
         raise BadInputError(f"{path} holds no story. Expected lines such as {LINE}")
     return stories
@@ -135,24 +135,24 @@ def _check_new(out: Path) -> None:
         )
 
 
-def _some(stories: dict[str, Told]) -> str:
+def _some(stories: dict[str, RatedStory]) -> str:
     names = sorted(stories)
     return ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _draw(common: list[str], pairs: int, seed: int) -> list[tuple[str, str]]:
     """Ids in the study's order, each with the system shown left; both are left equally often, but for an odd one."""
-    chance = random.Random(seed)
-    chosen = chance.sample(common, min(pairs, len(common)))
-    lefts = list(islice(cycle(chance.sample("ab", 2)), len(chosen)))
-    chance.shuffle(lefts)
+    rng = random.Random(seed)
+    chosen = rng.sample(common, min(pairs, len(common)))
+    lefts = list(islice(cycle(rng.sample("ab", 2)), len(chosen)))
+    rng.shuffle(lefts)
     return list(zip(chosen, lefts, strict=True))
 
 
 def _write(
     out: Path,
     systems: dict[str, str],
-    told: dict[str, dict[str, Told]],
+    stories: dict[str, dict[str, RatedStory]],
     drawn: list[tuple[str, str]],
     seed: int,
 ) -> Study:
@@ -160,7 +160,7 @@ def _write(
         with whole_folder(out) as draft:
             (draft / PICTURES).mkdir()
             pairs = [
-                _pair(draft, f"{number:04}", story, left, {system: told[system][story] for system in "ab"})
+                _pair(draft, f"{number:04}", story, left, {system: stories[system][story] for system in "ab"})
                 for number, (story, left) in enumerate(drawn, 1)
             ]
             study = Study(systems, seed, pairs)
@@ -172,44 +172,45 @@ def _write(
     return study
 
 
-def _pair(draft: Path, name: str, story: str, left: str, told: dict[str, Told]) -> Pair:
+def _pair(draft: Path, name: str, story: str, left: str, sides: dict[str, RatedStory]) -> Pair:
     right = "b" if left == "a" else "a"
     return Pair(
         name,
         story,
         left,
-        _copy(draft, f"{name}_left", told[left]),
-        _copy(draft, f"{name}_right", told[right]),
+        _copy(draft, f"{name}_left", sides[left]),
+        _copy(draft, f"{name}_right", sides[right]),
     )
 
 
-def _copy(draft: Path, stem: str, told: Told) -> list[Item]:
+def _copy(draft: Path, stem: str, story: RatedStory) -> list[Item]:
     """The items of one side, its pictures copied to names that say only pair, side and place."""
     items, count = [], 0
-    for item in told.items:
+    for item in story.items:
         if "picture" in item:
             count += 1
             target = f"{PICTURES}/{stem}_{count}.png"
-            _plain(told, item["picture"]).save(draft / target, "PNG")
+            _plain(story, item["picture"]).save(draft / target, "PNG")
             os.utime(draft / target, (0, 0))  # the order of writing says nothing either
             item = {"picture": target}
         items.append(item)
     return items
 
 
-def _plain(told: Told, name: str) -> Image.Image:
+def _plain(story: RatedStory, name: str) -> Image.Image:
     """A picture's pixels and nothing else: no metadata, no profile, no transparency, the right way up."""
     try:
-        path = named_file(told.file.parent, name)
+        path = named_file(story.file.parent, name)
     except BadInputError as error:
-        raise BadInputError(f"{told}: picture {error}.") from error
+        raise BadInputError(f"{story}: picture {error}.") from error
     try:
         with open_picture(path) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGBA")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         found = "is not there" if not path.exists() else f"cannot be read as a picture ({error})"
         raise BadInputError(
-            f"{told}: picture {name!r} {found}: looked for {path}. Expected a path from the folder of {told.file.name}."
+            f"{story}: picture {name!r} {found}: looked for {path}. Expected a path from the folder of "
+            f"{story.file.name}."
         ) from error
     plain = Image.new("RGB", upright.size, "white")
     plain.paste(upright, mask=upright.getchannel("A"))

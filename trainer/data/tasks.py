@@ -32,14 +32,14 @@ class Tools:
     With `feed_back` the LLM is shown the pictures its own blocks have asked for.
     """
 
-    chance: random.Random
+    rng: random.Random
     wordings: Sequence[str]
     see: Callable[[Picture], Any]
     feed_back: bool = False
 
     def wording(self, own: str) -> str:
         """One of the wordings, or the pack's own."""
-        return self.chance.choice(list(self.wordings) or [own])
+        return self.rng.choice(list(self.wordings) or [own])
 
 
 Made = tuple[list[Turn], list[Scene]]
@@ -50,7 +50,7 @@ def caption(record: Record, tools: Tools) -> Made | None:
     pictured = [scene for scene in record.scenes if scene.picture and (scene.caption or scene.text)]
     if not pictured:
         return None
-    scene = tools.chance.choice(pictured)
+    scene = tools.rng.choice(pictured)
     words = " ".join((tools.wording(""), scene.caption or scene.text)).strip()
     return [Turn(words, "")], [scene]
 
@@ -108,7 +108,7 @@ def next_turn(record: Record, tools: Tools) -> Made | None:
     places = [i for i, scene in enumerate(record.scenes) if i and (scene.text or scene.picture)]
     if not places:
         return None
-    index = tools.chance.choice(places)
+    index = tools.rng.choice(places)
     answer = record.scenes[index]
     turns: list[Turn] = []
     asked = ""
@@ -127,7 +127,7 @@ def next_turn(record: Record, tools: Tools) -> Made | None:
 def _chosen(record: Record, tools: Tools, first: int) -> int | None:
     """One of the scenes with text and picture, from the `first` on."""
     places = [i for i, scene in enumerate(record.scenes) if i >= first and scene.picture and scene.text]
-    return tools.chance.choice(places) if places else None
+    return tools.rng.choice(places) if places else None
 
 
 def _history(scenes: Sequence[Scene], tools: Tools) -> list[Turn]:

@@ -125,7 +125,7 @@ class FeatureKeys:
         self.vae = fingerprint(vae, dict(vae.config))
         encoders = [fingerprint(part, part.config.to_dict()) for part in diffusion.text_encoders()]
         self.text_encoder = " ".join([*encoders, *filter(None, [diffusion.answer_settings])])
-        self.sight = None if llm is None else _sight(llm)
+        self.vision = None if llm is None else _vision_fingerprint(llm)
 
     def latents(self, picture: Picture) -> str:
         """BrokenPicture when its file cannot be read."""
@@ -133,7 +133,7 @@ class FeatureKeys:
 
     def image_tokens(self, picture: Picture) -> str | None:
         """None for an LLM that does not see; BrokenPicture when the file cannot be read."""
-        return None if self.sight is None else picture_key("image tokens", self.sight, "whole", picture)
+        return None if self.vision is None else picture_key("image tokens", self.vision, "whole", picture)
 
     def target(self, caption: str) -> str:
         """By what the tokenizers make of the caption, which is all that the text encoders learn of it."""
@@ -144,7 +144,7 @@ class FeatureKeys:
         return _key("pooled", self.target(caption)) if self.pools else None
 
 
-def _sight(llm: FrozenLLM) -> str | None:
+def _vision_fingerprint(llm: FrozenLLM) -> str | None:
     """Stands for all that decides what the LLM sees in a picture; None for one that does not see."""
     if (encoder := llm.image_encoder) is not None:
         return fingerprint(encoder, dataclasses.asdict(encoder.config))

@@ -70,10 +70,10 @@ def resampled(measure: Callable[..., float], sets: Sets, least: int = 2, draws: 
         return None
     stories = np.unique(np.concatenate([groups for _, groups in sets]))
     members = [[np.flatnonzero(groups == story) for story in stories] for _, groups in sets]
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     values = []
     for _ in range(draws):
-        drawn = chance.integers(0, len(stories), len(stories))
+        drawn = rng.integers(0, len(stories), len(stories))
         rows = [np.concatenate([of_story[index] for index in drawn]) for of_story in members]
         if min(map(len, rows)) >= least:
             values.append(measure(*(features[row] for row, (features, _) in zip(rows, sets, strict=True))))
