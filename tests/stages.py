@@ -1,5 +1,6 @@
 """The stages as the command line runs them: on the recipe's data set, or on the storybook's world."""
 
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from minigpt5_core.llm import FrozenLLM
 from trainer import cli
 from trainer.common.recipe import flat_keys
 from trainer.data.source import DataSource, Features, OpenSource
+from trainer.diffusion import FrozenDiffusion, load_frozen_diffusion
 from trainer.stages import align, finetune, mapper
 from trainer.stages.align import AlignRecipe
 from trainer.stages.finetune import FinetuneRecipe
 from trainer.stages.mapper import MapperRecipe
 from trainer.training.config import StageRecipe
+from trainer.training.setup import LoadDiffusion
 
 
 def train_align(
@@ -52,6 +55,41 @@ def few_captions(recipe: StageRecipe, most: int = 4) -> OpenSource:
         return source
 
     return open_source
+
+
+def stopping_source(recipe: StageRecipe, after: int) -> OpenSource:
+    """The recipe's source, which ends the run, as Ctrl-C does that cannot wait, when it is asked once more."""
+    plain = cli.open_source(recipe)
+
+    def open_source(llm: FrozenLLM, features: Features | None) -> DataSource:
+        source: Any = plain(llm, features)
+        source.sample = stopping(source.sample, after)
+        return source
+
+    return open_source
+
+
+def stopping_diffusion(after: int) -> LoadDiffusion:
+    """Loads a diffusion model that does the same after so many losses, one a step where there is one process."""
+
+    def load(*given: Any) -> FrozenDiffusion:
+        diffusion: Any = load_frozen_diffusion(*given)
+        diffusion.loss = stopping(diffusion.loss, after)
+        return diffusion
+
+    return load
+
+
+def stopping(plain: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """The same function, which can be called so many times."""
+    calls = iter(range(after))
+
+    def call(*given: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    return call
 
 
 def values_of(recipe: StageRecipe, *names: str) -> dict[str, Any]:

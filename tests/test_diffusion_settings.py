@@ -18,13 +18,11 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story import Story
 from tests.stages import train_align
-from tests.toy_diffusion import SPACES, save
+from tests.toy_diffusion import SPACES, load, save
 from trainer.cli import main
 from trainer.common.images import center_crop, grid
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.formats import read
-from trainer.diffusion import load_frozen_diffusion
-from trainer.diffusion.flow import Flux
 from trainer.evaluation.evaluate import EvaluateRecipe, evaluate
 from trainer.feature_cache.cache import CachedFeatures
 from trainer.stages.align import AlignRecipe
@@ -34,12 +32,6 @@ from trainer.storybook.world.export import export_stories
 pytestmark = pytest.mark.filterwarnings("ignore")
 PICTURES = 8  # in a preview
 FAMILIES = ("sd3", "flux", "sdxl", "storybook")
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    """Flux has the size of its pictures nowhere but in its pipeline's code."""
-    monkeypatch.setattr(Flux, "own_side", 16)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +70,7 @@ def modules(diffusion):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bf16_losses_and_gradients_are_those_of_float32_to_its_rounding(folders, family):
-    whole, half = load_frozen_diffusion(folders[family]), load_frozen_diffusion(folders[family], "bf16")
+    whole, half = load(folders[family]), load(folders[family], "bf16")
     assert {p.dtype for part in modules(half) for p in part.parameters()} == {torch.bfloat16}
     answer = whole.encode(["a fox", "a bear"])
     latents = whole.latents([noise_picture(whole.side)] * 2)
@@ -99,7 +91,7 @@ def test_in_bf16_losses_and_gradients_are_those_of_float32_to_its_rounding(folde
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bf16_latents_and_targets_are_those_of_float32_to_its_rounding(folders, family):
-    whole, half = load_frozen_diffusion(folders[family]), load_frozen_diffusion(folders[family], "bf16")
+    whole, half = load(folders[family]), load(folders[family], "bf16")
     picture = noise_picture(whole.side)
     pairs = [(whole.latents([picture]), half.latents([picture]))]
     assert pairs[0][1].dtype == torch.float32
@@ -140,15 +132,15 @@ def test_a_cache_has_answers_for_trainings_of_its_precision_and_size_alone(folde
     chosen = ["--diffusion-precision", "bf16", "--picture-size", "8"]
     assert main(["data", "cache", str(data), *given, *chosen]) == 0
     scene = next(scene for record in read(data, "jsonl") for scene in record.scenes if scene.picture)
-    half = load_frozen_diffusion(folder, "bf16", 8)
+    half = load(folder, "bf16", 8)
     kept = CachedFeatures(tmp_path / "cache", half)
     asked, latents = half.encode([scene.caption]), half.latents([center_crop(scene.picture.open(), 8)])
     assert torch.equal(kept.target(scene.caption).tokens, asked.tokens[0])
     assert torch.equal(kept.latents(scene.picture), latents[0])
     assert (kept.target(scene.caption).tokens.dtype, latents.shape) == (torch.bfloat16, (1, 16, 4, 4))
-    whole = CachedFeatures(tmp_path / "cache", load_frozen_diffusion(folder, "float32", 8))
+    whole = CachedFeatures(tmp_path / "cache", load(folder, "float32", 8))
     assert whole.target(scene.caption) is None and whole.latents(scene.picture) is None
-    larger = CachedFeatures(tmp_path / "cache", load_frozen_diffusion(folder, "bf16", 16))
+    larger = CachedFeatures(tmp_path / "cache", load(folder, "bf16", 16))
     assert larger.target(scene.caption) is not None and larger.latents(scene.picture) is None
 
 
@@ -166,11 +158,11 @@ def test_another_precision_is_refused(folders):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latents_losses_and_pictures_follow_the_size(folders, family):
-    own = load_frozen_diffusion(folders[family])
+    own = load(folders[family])
     # SD3's places end, the storybook's pictures take long
     side = {"sd3": 12, "flux": 24, "sdxl": 24, "storybook": 64}[family]
     assert side != own.side
-    diffusion = load_frozen_diffusion(folders[family], picture_size=side)
+    diffusion = load(folders[family], picture_size=side)
     latents = diffusion.latents([noise_picture(side)])
     assert latents.shape[2:] == (side // diffusion.pipeline.vae_scale_factor,) * 2
     answer, times = diffusion.encode(["a fox"]), diffusion.timesteps([torch.Generator().manual_seed(1)])
@@ -181,8 +173,8 @@ def test_latents_losses_and_pictures_follow_the_size(folders, family):
 def test_a_training_is_shown_and_previews_pictures_of_the_recipes_size(recipe, tmp_path):
     seen = []
 
-    def load(*given):
-        diffusion = load_frozen_diffusion(*given)
+    def load_watched(*given):
+        diffusion = load(*given)
         loss = diffusion.loss
         diffusion.loss = lambda answer, latents, *rest: (
             seen.append(latents.shape) or loss(answer, latents, *rest)
@@ -190,18 +182,18 @@ def test_a_training_is_shown_and_previews_pictures_of_the_recipes_size(recipe, t
         return diffusion
 
     small = change_recipe(recipe, steps=1, preview_every=1, picture_size=12)
-    train_align(small, tmp_path / "run", load_diffusion=load)
+    train_align(small, tmp_path / "run", load_diffusion=load_watched)
     assert set(seen) == {(2, 16, 6, 6)}
     one = Image.new("RGB", (12, 12))
     assert Image.open(tmp_path / "run" / "preview_000001.png").size == grid([one] * PICTURES, 4).size
 
 
 def test_noise_is_shifted_and_sdxl_told_by_the_size(folders):
-    flux = load_frozen_diffusion(folders["flux"], picture_size=32)
+    flux = load(folders["flux"], picture_size=32)
     flux.pipeline.scheduler.register_to_config(base_image_seq_len=4, max_image_seq_len=124)
     assert flux.shift() == pytest.approx(0.5 + 0.65 * (8 * 8 - 4) / 120)  # 8 x 8 patches of 4 pixels
-    xl = load_frozen_diffusion(folders["sdxl"], "bf16", 264)
-    sizes = xl.besides(xl.encode(["a fox"]))["added_cond_kwargs"]["time_ids"]
+    xl = load(folders["sdxl"], "bf16", 264)
+    sizes = xl.added_inputs(xl.encode(["a fox"]))["added_cond_kwargs"]["time_ids"]
     assert sizes.tolist() == [[264, 264, 0, 0, 264, 264]]
 
 
@@ -218,12 +210,12 @@ def test_noise_is_shifted_and_sdxl_told_by_the_size(folders):
 )  # fmt: skip
 def test_a_size_that_the_model_cannot_take_is_refused(folders, family, size, message):
     with pytest.raises(BadInputError, match=message):
-        load_frozen_diffusion(folders[family], picture_size=size)
+        load(folders[family], picture_size=size)
 
 
 @pytest.mark.parametrize(("family", "size"), [("sd3", 32), ("sd3", 4), ("flux", 20), ("storybook", 24)])
 def test_the_sizes_that_are_proposed_instead_can_be_taken(folders, family, size):
-    diffusion = load_frozen_diffusion(folders[family], picture_size=size)
+    diffusion = load(folders[family], picture_size=size)
     answer = diffusion.encode(["a fox"])
     latents = diffusion.latents([noise_picture(size)])
     with torch.no_grad():

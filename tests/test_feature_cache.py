@@ -28,10 +28,8 @@ from trainer.common.progress import Terminated, TrainingError
 from trainer.data.formats import read
 from trainer.data.records import BrokenPicture, Picture
 from trainer.data.source import PictureTarget
-from trainer.diffusion import base
 from trainer.diffusion.unet import Sd
-from trainer.feature_cache import build as cache_build
-from trainer.feature_cache.build import fill, load_seeing
+from trainer.feature_cache.build import Filling, fill, load_seeing, summary
 from trainer.feature_cache.cache import CachedFeatures, FeatureCache, picture_hash
 from trainer.storybook.models.autoencoder import AutoencoderRecipe, build_autoencoder
 from trainer.storybook.models.diffusion_model import (
@@ -88,9 +86,9 @@ def data(tmp_path):
     return export_stories("jsonl", 1, 3, tmp_path / "data")
 
 
-def filled(data, out, pipeline, llm, layout="jsonl"):
+def filled(data, out, pipeline, llm, layout="jsonl", **most):
     out.mkdir(exist_ok=True)
-    return fill(data, layout, out, Sd(pipeline), llm)
+    return fill(data, layout, out, Sd(pipeline), llm, **most)
 
 
 def pictured(data, layout="jsonl"):
@@ -148,10 +146,15 @@ def test_of_an_autoencoder_kl_the_cache_has_the_mode(data, tmp_path, pipeline, l
 def test_a_second_run_computes_and_decodes_nothing(data, tmp_path, pipeline, llm, monkeypatch):
     first = filled(data, tmp_path / "cache", pipeline, llm)
     files = sorted((tmp_path / "cache").iterdir())
-    for place, name in ((pipeline.vae, "encode"), (llm, "see"), (Picture, "open")):
-        monkeypatch.setattr(place, name, lambda *given, name=name: pytest.fail(f"{name} was called"))
-    monkeypatch.setattr(base.FrozenDiffusion, "_encode", lambda *given: pytest.fail("a text was encoded"))
-    second = filled(data, tmp_path / "cache", pipeline, llm)
+    monkeypatch.setattr(Image, "open", lambda *given: pytest.fail("a picture was opened"))
+    diffusion = Sd(pipeline)
+    for place, name in (
+        (pipeline.vae, "encode"),
+        (llm.image_encoder, "forward"),
+        (diffusion, "encode_prompt"),
+    ):
+        setattr(place, name, lambda *given, name=name: pytest.fail(f"{name} was called"))
+    second = fill(data, "jsonl", tmp_path / "cache", diffusion, llm)
     assert (second.computed, second.there, second.written) == (0, first.computed, 0)
     assert sorted((tmp_path / "cache").iterdir()) == files
 
@@ -239,9 +242,9 @@ def test_a_cache_says_when_it_has_nothing_of_what_was_asked(data, tmp_path, pipe
     filled(data, tmp_path / "cache", pipeline, llm)
     features = CachedFeatures(tmp_path / "cache", Sd(pipeline), llm)
     features.target("never heard of")
-    assert "nothing of what was asked for" in features.told() and "--diffusion" in features.told()
+    assert "nothing of what was asked for" in features.summary() and "--diffusion" in features.summary()
     features.target("")
-    assert features.told() == "cache: 1 values found, 1 computed"
+    assert features.summary() == "cache: 1 values found, 1 computed"
 
 
 def test_an_llm_that_does_not_see_has_no_tokens(data, tmp_path, pipeline, llm):
@@ -254,11 +257,10 @@ def test_an_llm_that_does_not_see_has_no_tokens(data, tmp_path, pipeline, llm):
 def fill_in_a_process(barrier, *given):
     torch.set_num_threads(1)  # a thread pool does not survive a fork
     barrier.wait()
-    filled(*given)
+    filled(*given, most_values=3)
 
 
-def test_two_processes_fill_a_cache_at_once(data, tmp_path, pipeline, llm, monkeypatch):
-    monkeypatch.setattr(cache_build, "MOST_VALUES", 3)
+def test_two_processes_fill_a_cache_at_once(data, tmp_path, pipeline, llm):
     (tmp_path / "cache").mkdir()
     forked = multiprocessing.get_context("fork")
     given = forked.Barrier(2), data, tmp_path / "cache", pipeline, llm
@@ -277,46 +279,46 @@ def test_two_processes_fill_a_cache_at_once(data, tmp_path, pipeline, llm, monke
 @pytest.mark.parametrize(
     ("error", "raised"), [(OSError("No space left"), TrainingError), (MemoryError(), MemoryError)]
 )
-def test_an_ended_run_loses_one_shard_and_the_next_goes_on(
-    data, tmp_path, pipeline, llm, monkeypatch, error, raised
-):
-    monkeypatch.setattr(cache_build, "MOST_VALUES", 4)
-    plain, written = FeatureCache.add, []
+def test_an_ended_run_loses_one_shard_and_the_next_goes_on(data, tmp_path, pipeline, llm, error, raised):
+    (tmp_path / "cache").mkdir()
+    filling, written = Filling(tmp_path / "cache", Sd(pipeline), llm, most_values=4), []
+    plain = filling.cache.add
 
-    def add_once(self, values):
+    def add_once(values):
         if written:
             raise error
-        written.append(plain(self, values))
+        written.append(plain(values))
         return written[0]
 
-    with monkeypatch.context() as patched, pytest.raises(raised):
-        patched.setattr(FeatureCache, "add", add_once)
-        filled(data, tmp_path / "cache", pipeline, llm)
+    filling.cache.add = add_once
+    with pytest.raises(raised):
+        filling.add_all(read(data, "jsonl"))
     assert list((tmp_path / "cache").iterdir()) == written
-    built = filled(data, tmp_path / "cache", pipeline, llm)
+    built = filled(data, tmp_path / "cache", pipeline, llm, most_values=4)
     assert built.there == 4 and built.written > 1
     assert_right(CachedFeatures(tmp_path / "cache", Sd(pipeline), llm), data, pipeline, llm)
 
 
-def test_sigterm_writes_what_is_computed(tmp_path, pipeline, monkeypatch):
+def test_sigterm_writes_what_is_computed(tmp_path, pipeline):
     data = export_stories("cc3m", 1, 3, tmp_path / "data")
-    plain = base.encode_pictures
+    (tmp_path / "cache").mkdir()
+    diffusion = Sd(pipeline)
+    plain = diffusion.latents
 
-    def encode(vae, pictures):
+    def latents(pictures):
         os.kill(os.getpid(), signal.SIGTERM)
-        return plain(vae, pictures)
+        return plain(pictures)
 
-    with monkeypatch.context() as patched, pytest.raises(Terminated):
-        patched.setattr(base, "encode_pictures", encode)
-        filled(data, tmp_path / "cache", pipeline, None, "cc3m")
+    diffusion.latents = latents
+    with pytest.raises(Terminated):
+        fill(data, "cc3m", tmp_path / "cache", diffusion, None)
     assert (
         filled(data, tmp_path / "cache", pipeline, None, "cc3m").there == 3
     )  # latents, caption and the empty one
 
 
-def test_a_broken_and_a_foreign_shard_are_named_and_computed_anew(data, tmp_path, pipeline, llm, monkeypatch):
-    monkeypatch.setattr(cache_build, "MOST_VALUES", 4)
-    filled(data, tmp_path / "cache", pipeline, llm)
+def test_a_broken_and_a_foreign_shard_are_named_and_computed_anew(data, tmp_path, pipeline, llm):
+    filled(data, tmp_path / "cache", pipeline, llm, most_values=4)
     shards = sorted((tmp_path / "cache").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     whole = shards[0].read_bytes()
     shards[0].write_bytes(whole[:-10])
@@ -329,17 +331,14 @@ def test_a_broken_and_a_foreign_shard_are_named_and_computed_anew(data, tmp_path
     assert features.latents(pictured(data)[0][0]) is None
     built = filled(data, tmp_path / "cache", pipeline, llm)
     assert built.computed == 4
-    told = cache_build.summary(built, data, tmp_path / "cache")
+    told = summary(built, data, tmp_path / "cache")
     assert f"ignored  {shards[0].name}: no whole safetensors file" in told
     assert "ignored  foreign.safetensors: no shard of a feature cache" in told
     assert_right(CachedFeatures(tmp_path / "cache", Sd(pipeline), llm), data, pipeline, llm)
 
 
-def test_shards_are_opened_when_asked_and_one_that_is_gone_is_missed(
-    data, tmp_path, pipeline, llm, monkeypatch
-):
-    monkeypatch.setattr(cache_build, "MOST_VALUES", 4)
-    filled(data, tmp_path / "cache", pipeline, llm)
+def test_shards_are_opened_when_asked_and_one_that_is_gone_is_missed(data, tmp_path, pipeline, llm):
+    filled(data, tmp_path / "cache", pipeline, llm, most_values=4)
     cache = FeatureCache(tmp_path / "cache")
     assert len(cache.shards) > 1 and not cache._opened
     key = next(iter(cache._places))
@@ -351,9 +350,8 @@ def test_shards_are_opened_when_asked_and_one_that_is_gone_is_missed(
     assert cache.get(key) is not None and cache.get("unknown") is None
 
 
-def test_a_shard_holds_no_more_than_it_should(data, tmp_path, pipeline, monkeypatch):
-    monkeypatch.setattr(cache_build, "MOST_BYTES", 60_000)
-    filled(data, tmp_path / "cache", pipeline, None)
+def test_a_shard_holds_no_more_than_it_should(data, tmp_path, pipeline):
+    filled(data, tmp_path / "cache", pipeline, None, most_bytes=60_000)
     sizes = [path.stat().st_size for path in (tmp_path / "cache").iterdir()]
     assert len(sizes) > 1 and max(sizes) < 60_000 + 77 * 128 * 4 + 4096
 

@@ -298,7 +298,7 @@ def test_what_is_not_installed_is_named(align_recipe, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or set optimizer=adamw"):
         train_align(change_recipe(align_recipe, optimizer="adamw8bit"), tmp_path)
-    monkeypatch.setattr("minigpt5_core.llm.precision.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BadInputError, match="pip install bitsandbytes, or take bf16"):
         train_align(change_recipe(align_recipe, llm_precision="4bit"), tmp_path)
 

@@ -21,7 +21,7 @@ from trainer.common.recipe import change_recipe, make_recipe
 from trainer.diffusion import load_frozen_diffusion
 from trainer.stages import align
 from trainer.stages.align import AlignRecipe
-from trainer.training.checkpoint import Run
+from trainer.training.checkpoint import Run, start_accelerator
 from trainer.training.run_summary import running_mean
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -59,12 +59,11 @@ def test_a_finished_run_explains_itself(recipe, tmp_path):
     assert any((tmp_path / "tensorboard").rglob("events.*"))
 
 
-@pytest.mark.slow
-def test_the_newest_states_and_the_best_one_are_kept(recipe, tmp_path, monkeypatch):
-    losses = iter((3.0, 1.0, 5.0, 4.0, 3.0, 2.0))
-    plain = Run.save_state
-    monkeypatch.setattr(Run, "save_state", lambda self, step, loss: plain(self, step, next(losses)))
-    train_align(recipe, tmp_path)
+def test_the_newest_states_and_the_best_one_are_kept(recipe, tmp_path):
+    run = Run(recipe, tmp_path, start_accelerator(recipe, tmp_path), resume=False)
+    for step, loss in enumerate((3.0, 1.0, 5.0, 4.0, 3.0, 2.0), start=1):
+        run.save_state(step, loss)
+    assert run.kept() == {2: 1.0, 5: 3.0, 6: 2.0}
     assert states(tmp_path) == ["step_000002", "step_000005", "step_000006"]
 
 

@@ -9,11 +9,10 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_adapter, load_llm
 from minigpt5_core.pipeline import Parts, load
 from minigpt5_core.story import Story
-from tests.stages import train_align, train_finetune
+from tests.stages import stopping_diffusion, train_align, train_finetune
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.stages.align import AlignRecipe
 from trainer.stages.finetune import FinetuneRecipe
-from trainer.training.checkpoint import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -150,22 +149,15 @@ def test_finetune_goes_on_from_finetune(finetune_recipe, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "finetune"])
-def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_recipe, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_bit_exactly(stage, align_recipe, finetune_recipe, tmp_path):
     def run(out, **options):
         if stage == "align":
             return train_align(align_recipe, out, **options)
         return train_finetune(finetune_recipe, out, **options)
 
     run(tmp_path / "whole")
-    plain = Run.save_state
-
-    def save_and_stop(self, step, loss):
-        plain(self, step, loss)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Run, "save_state", save_and_stop)
-        run(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", load_diffusion=stopping_diffusion(after=2))
     assert [state.name for state in (tmp_path / "parts" / "states").iterdir()] == ["step_000002"]
     run(tmp_path / "parts", resume=True)
     for file in ("mapper.safetensors", "adapter/adapter_model.safetensors"):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.story.prompts import LOOK, NEXT
-from tests.stages import train_align, train_finetune
+from tests.stages import stopping_source, train_align, train_finetune
 from trainer.common.images import center_crop
 from trainer.common.recipe import make_recipe
 from trainer.data.formats import read
@@ -27,7 +27,6 @@ from trainer.stages.finetune import FinetuneData, FinetuneRecipe
 from trainer.storybook.world.export import export_stories
 from trainer.storybook.world.source import StorySource
 from trainer.storybook.world.stories import stories
-from trainer.training.setup import open_records
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # stand-ins of the same layout, and the originals where they lie beside this repository: they may not be passed on
@@ -239,23 +238,8 @@ def test_a_run_on_a_data_set_resumes_exactly(parts, tmp_path, stage):
     kind, run = {"align": (AlignRecipe, train_align), "finetune": (FinetuneRecipe, train_finetune)}[stage]
     recipe = make_recipe(kind, **{**parts, "steps": 4}, data=str(path))
     run(recipe, tmp_path / "whole")
-    drawn = []
-
-    def open_stopping(llm, features):
-        records = open_records(recipe)(llm, features)
-        plain = records.sample
-
-        def stopping(*given):
-            if len(drawn) == 2:
-                raise KeyboardInterrupt
-            drawn.append(given)
-            return plain(*given)
-
-        records.sample = stopping
-        return records
-
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "parts", open_source=open_stopping)
+        run(recipe, tmp_path / "parts", open_source=stopping_source(recipe, after=2))
     run(recipe, tmp_path / "parts", None, resume=True)
     for name in ("mapper.safetensors", "adapter/adapter_model.safetensors"):
         whole, parted = (load_file(tmp_path / out / name) for out in ("whole", "parts"))

@@ -1,7 +1,9 @@
 """Pipelines of diffusers' own classes at toy size: SD3, Flux with and without guidance, SDXL."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 from minigpt5_core.conditioning import Space
+from trainer.diffusion import FrozenDiffusion, load_frozen_diffusion
 
 STORYBOOK = Path(__file__).parents[1] / "storybook" / "diffusers"
 WIDTH = 48  # of T5
@@ -121,3 +124,19 @@ def save(name, folder):
     """Random weights, the same every time."""
     torch.manual_seed(0)
     MAKERS[name]().save_pretrained(folder)
+
+
+def load(folder: Path, precision: str = "float32", picture_size: int = 0) -> FrozenDiffusion:
+    """For training, with small pictures: Flux has the size of its pictures nowhere but in its pipeline's code."""
+    diffusion = load_frozen_diffusion(folder, precision, picture_size)
+    if isinstance(diffusion.pipeline, FluxPipeline):
+        diffusion.pipeline.default_sample_size = 8
+    return diffusion
+
+
+def refusing(folder: Path, precision: str = "float32", picture_size: int = 0) -> FrozenDiffusion:
+    """The same, but it encodes no text and no picture: all of that is to come from a feature cache."""
+    diffusion: Any = load(folder, precision, picture_size)
+    diffusion.encode_prompt = lambda texts: pytest.fail("a text was encoded")
+    diffusion.latents = lambda pictures: pytest.fail("a picture was encoded")
+    return diffusion

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import get_cosine_schedule_with_warmup
 
 from minigpt5_core.errors import BadInputError
-from tests.stages import train_align
+from tests.stages import stopping_source, train_align
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.stages.align import AlignRecipe
 from trainer.storybook.world.export import export_stories
-from trainer.training.checkpoint import Run
 from trainer.training.state import Parts, load_optimizer, load_random, read_pickle, resuming
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -285,33 +285,37 @@ def losses(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_after_two(recipe, out, monkeypatch):
-    plain = Run.save_state
-
-    def save_and_stop(self, step, loss):
-        plain(self, step, loss)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Run, "save_state", save_and_stop)
-        train_align(recipe, out)
+def stop_after_two(recipe, out):
+    with pytest.raises(KeyboardInterrupt):
+        train_align(recipe, out, open_source=stopping_source(recipe, after=2))
     return out / "states" / "step_000002"
+
+
+def write_as_before(state):
+    """Writes a run's state anew as earlier versions did: a pickle for each of our parts."""
+    schedule, source = (json.loads((state / name).read_text()) for name in ("schedule.json", "source.json"))
+    with safe_open(state / "average.safetensors", framework="pt") as file:
+        numbers = json.loads(file.metadata()["minigpt5.average"])
+        weights = [file.get_tensor(name) for name in sorted(file.keys(), key=int)]
+    parts = (
+        schedule | {"lr_lambdas": [None] * len(schedule["base_lrs"])},
+        source,
+        numbers | {"shadow_params": weights},
+    )
+    for index, part in enumerate(parts):
+        torch.save(part, state / f"custom_checkpoint_{index}.pkl")
+    for name in ("schedule.json", "source.json", "average.safetensors"):
+        (state / name).unlink()
 
 
 @pytest.mark.slow
 @pytest.mark.trains
 @pytest.mark.parametrize("version", ["this", "before"])
-def test_a_resumed_run_has_the_losses_of_one_that_ran_through(recipe, tmp_path, monkeypatch, version):
+def test_a_resumed_run_has_the_losses_of_one_that_ran_through(recipe, tmp_path, version):
     train_align(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patched:
-        if version == "before":
-
-            def save(self, folder):
-                for index, part in enumerate((self.schedule, self.source, self.average)):
-                    torch.save(part.state_dict(), folder / f"custom_checkpoint_{index}.pkl")
-
-            patched.setattr(Parts, "save", save)
-        state = stop_after_two(recipe, tmp_path / "parts", monkeypatch)
+    state = stop_after_two(recipe, tmp_path / "parts")
+    if version == "before":
+        write_as_before(state)
     ours = {"schedule.json", "source.json", "average.safetensors"}
     assert ours & {file.name for file in state.iterdir()} == (ours if version == "this" else set())
     assert bool(list(state.glob("custom_checkpoint_*"))) == (version == "before")
@@ -323,14 +327,15 @@ def test_a_resumed_run_has_the_losses_of_one_that_ran_through(recipe, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.trains
-def test_the_command_refuses_a_planted_pickle(recipe, tmp_path, monkeypatch):
-    state = stop_after_two(change_recipe(recipe, data="", ema_decay=0.0), tmp_path / "run", monkeypatch)
+def test_the_command_refuses_a_planted_pickle(recipe, tmp_path):
+    recipe = change_recipe(recipe, ema_decay=0.0)
+    state = stop_after_two(recipe, tmp_path / "run")
     for name in ("optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
         kept = (state / name).read_bytes() if (state / name).is_file() else None
         (state / "schedule.json").rename(state / "away") if kept is None else None
         torch.save(Hostile(tmp_path / "PWNED"), state / name)
         with pytest.raises(BadInputError, match=f"{name} is not loaded"):
-            train_align(change_recipe(recipe, data="", ema_decay=0.0), tmp_path / "run", resume=True)
+            train_align(recipe, tmp_path / "run", resume=True)
         if kept is not None:
             (state / name).write_bytes(kept)
     assert not (tmp_path / "PWNED").exists()

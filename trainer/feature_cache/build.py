@@ -3,6 +3,7 @@
 A run that was ended goes on where it stood: Ctrl-C and SIGTERM write what is computed, a kill loses one shard.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -85,30 +86,53 @@ def load_seeing(
     return load_vision(load_llm(folder, device=device), folder, chosen=image_adapter)
 
 
-def fill(path: Path, layout: str, out: Path, diffusion: FrozenDiffusion, llm: FrozenLLM | None) -> Built:
-    """Computes and writes what the folder `out` lacks. Ctrl-C and SIGTERM are raised once all is written."""
-    filling = Filling(out, diffusion, llm)
-    with interrupts() as interrupted:
-        for row in tqdm(read(path, layout), desc="features", unit=" rows", mininterval=5):
-            filling.add(row)
-            if interrupted:
-                break
-        filling.finish()
-    if interrupted:
-        raise interrupted[0]
+def fill(
+    path: Path,
+    layout: str,
+    out: Path,
+    diffusion: FrozenDiffusion,
+    llm: FrozenLLM | None,
+    most_values: int = MOST_VALUES,
+    most_bytes: int = MOST_BYTES,
+) -> Built:
+    """Computes and writes what the folder `out` lacks, a shard whenever `most_values` or `most_bytes` are reached.
+
+    Ctrl-C and SIGTERM are raised once all is written.
+    """
+    filling = Filling(out, diffusion, llm, most_values, most_bytes)
+    filling.add_all(read(path, layout))
     return filling.built
 
 
 class Filling:
     """A cache being filled, row by row; values wait in memory until there are enough for a shard."""
 
-    def __init__(self, folder: Path, diffusion: FrozenDiffusion, llm: FrozenLLM | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        diffusion: FrozenDiffusion,
+        llm: FrozenLLM | None,
+        most_values: int = MOST_VALUES,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
         self.diffusion, self.llm = diffusion, llm
+        self.most_values, self.most_bytes = most_values, most_bytes
         self.cache, self.keys = FeatureCache(folder), FeatureKeys(diffusion, llm)
         self.built = Built(ignored=dict(self.cache.ignored))
         self.waiting: dict[str, Tensor] = {}
         self.size = 0  # of those, in bytes
         self.seen: set[str] = set()  # keys this run has met
+
+    def add_all(self, rows: Iterable[Row]) -> None:
+        """Adds the rows and writes what they lack; Ctrl-C and SIGTERM end that, and are raised once all is written."""
+        with interrupts() as interrupted:
+            for row in tqdm(rows, desc="features", unit=" rows", mininterval=5):
+                self.add(row)
+                if interrupted:
+                    break
+            self.finish()
+        if interrupted:
+            raise interrupted[0]
 
     def add(self, row: Row) -> None:
         """All pictures of a row and their captions. A broken picture is named; those beside it are cached."""
@@ -176,7 +200,7 @@ class Filling:
         self.waiting[key] = value.cpu()
         self.size += value.nbytes
         self.built.computed += 1
-        if self.size >= MOST_BYTES or len(self.waiting) >= MOST_VALUES:
+        if self.size >= self.most_bytes or len(self.waiting) >= self.most_values:
             self._write()
 
     def _write(self) -> None:

@@ -15,9 +15,12 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Sets = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
-def kernel_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """KID on Inception's features (arXiv 1801.01401): unbiased MMD^2, kernel (x y / D + 1)^3, all pictures."""
-    return _mmd(first, second, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)
+def kernel_distance(first: np.ndarray, second: np.ndarray, block: int = BLOCK) -> float:
+    """KID on Inception's features (arXiv 1801.01401): unbiased MMD^2, kernel (x y / D + 1)^3, all pictures.
+
+    `block` rows of the kernel's matrix are in memory at a time.
+    """
+    return _mmd(first, second, lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3, block)
 
 
 def cmmd(first: np.ndarray, second: np.ndarray) -> float:
@@ -34,22 +37,22 @@ def _gaussian(gamma: float, first: np.ndarray, second: np.ndarray) -> np.ndarray
     return np.exp(-gamma * (squares - 2 * first @ second.T))
 
 
-def _mmd(first: np.ndarray, second: np.ndarray, kernel: Kernel) -> float:
-    within = [_off_diagonal_mean(features, kernel) for features in (first, second)]
-    return sum(within) - 2 * _mean(first, second, kernel)
+def _mmd(first: np.ndarray, second: np.ndarray, kernel: Kernel, block: int = BLOCK) -> float:
+    within = [_off_diagonal_mean(features, kernel, block) for features in (first, second)]
+    return sum(within) - 2 * _mean(first, second, kernel, block)
 
 
-def _off_diagonal_mean(features: np.ndarray, kernel: Kernel) -> float:
+def _off_diagonal_mean(features: np.ndarray, kernel: Kernel, block: int) -> float:
     """Of each row with every other one."""
-    starts = range(0, len(features), BLOCK)
-    blocks = ((start, kernel(features[start : start + BLOCK], features)) for start in starts)
-    total = sum(block.sum() - np.trace(block, offset=start) for start, block in blocks)
+    starts = range(0, len(features), block)
+    blocks = ((start, kernel(features[start : start + block], features)) for start in starts)
+    total = sum(rows.sum() - np.trace(rows, offset=start) for start, rows in blocks)
     return float(total) / (len(features) * (len(features) - 1))
 
 
-def _mean(first: np.ndarray, second: np.ndarray, kernel: Kernel) -> float:
-    starts = range(0, len(first), BLOCK)
-    total = sum(kernel(first[start : start + BLOCK], second).sum() for start in starts)
+def _mean(first: np.ndarray, second: np.ndarray, kernel: Kernel, block: int) -> float:
+    starts = range(0, len(first), block)
+    total = sum(kernel(first[start : start + block], second).sum() for start in starts)
     return float(total) / (len(first) * len(second))
 
 

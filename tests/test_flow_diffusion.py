@@ -21,11 +21,10 @@ from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story import Story
 from tests import toy_diffusion
 from tests.stages import train_align, train_finetune, values_of
-from tests.toy_diffusion import WIDTH, save
+from tests.toy_diffusion import WIDTH, load, refusing, save
 from trainer.cli import main
 from trainer.common.recipe import change_recipe, make_recipe
-from trainer.diffusion import FrozenDiffusion, TextTargets, load_frozen_diffusion
-from trainer.diffusion.flow import Flux
+from trainer.diffusion import TextTargets
 from trainer.stages.align import AlignRecipe
 from trainer.stages.finetune import FinetuneRecipe
 from trainer.storybook.world.export import export_stories
@@ -33,12 +32,6 @@ from trainer.training.build_mapper import new_mapper
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SPACES = {name: toy_diffusion.SPACES[name] for name in ("sd3", "flux")}
-
-
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    """Flux has the size of its pictures nowhere but in its pipeline's code."""
-    monkeypatch.setattr(Flux, "own_side", 16)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +77,7 @@ class Watched:
         self.found = []
 
     def __call__(self, *given):
-        diffusion = load_frozen_diffusion(*given)
+        diffusion = load(*given)
         parts = [part for part in diffusion.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         self.found.append((parts, [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]))
         return diffusion
@@ -142,6 +135,7 @@ def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, fami
         make_recipe(FinetuneRecipe, **named, **half, steps=2, batch=1, image_from=0.0),
         tmp_path / "told",
         tmp_path / "align",
+        load_diffusion=load,
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     one, other = (load_file(tmp_path / run / "mapper.safetensors") for run in ("align", "told"))
@@ -158,14 +152,20 @@ def test_both_stages_train_the_mapper_and_leave_the_model_as_it_was(recipe, fami
 @every_family("train")
 @pytest.mark.slow
 def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder, tmp_path):
-    train_align(recipe, tmp_path / "pixels")
-    given = ["--format", "jsonl", "--out", str(tmp_path / "cache"), "--diffusion", str(folder)]
-    assert main(["data", "cache", recipe.data, *given]) == 0
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(FrozenDiffusion, "_encode", lambda *given: pytest.fail("a text was encoded"))
-        patched.setattr("trainer.diffusion.base.encode_pictures", lambda *given: pytest.fail("a picture was"))
-        cached = change_recipe(recipe, cache=str(tmp_path / "cache"), gradient_checkpointing=True)
-        train_align(cached, tmp_path / "cached")
+    train_align(recipe, tmp_path / "pixels", load_diffusion=load)
+    given = [
+        "--format",
+        "jsonl",
+        "--out",
+        str(tmp_path / "cache"),
+        "--diffusion",
+        str(folder),
+        "--picture-size",
+        "16",
+    ]
+    assert main(["data", "cache", recipe.data.path, *given]) == 0
+    cached = change_recipe(recipe, cache=str(tmp_path / "cache"), gradient_checkpointing=True)
+    train_align(cached, tmp_path / "cached", load_diffusion=refusing)
     assert len(losses(tmp_path / "pixels")) == 3
     for pixels, kept in zip(losses(tmp_path / "pixels"), losses(tmp_path / "cached"), strict=True):
         assert kept == pytest.approx(pixels, rel=1e-4)
@@ -173,7 +173,7 @@ def test_a_cache_and_gradient_checkpointing_give_the_same_losses(recipe, folder,
 
 @every_family("train")
 def test_the_loss_is_the_squared_error_of_the_velocity(folder, family):
-    diffusion = load_frozen_diffusion(folder)
+    diffusion = load(folder)
     size = diffusion.side // diffusion.pipeline.vae_scale_factor
     latents, noise = torch.randn(2, 2, 16, size, size)
     sigma, answer = torch.tensor([0.2, 0.9]), diffusion.encode(["a fox", "a bear"])
@@ -189,7 +189,7 @@ def test_the_loss_is_the_squared_error_of_the_velocity(folder, family):
 
 
 def test_a_flux_without_guidance_is_asked_without(folders):
-    diffusion = load_frozen_diffusion(folders["schnell"])
+    diffusion = load(folders["schnell"])
     answer, sigma = diffusion.encode(["a fox"]), torch.tensor([0.3])
     noisy = torch.randn(1, 16, 4, 8)  # higher than wide: rows and columns are told apart
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_a_flux_without_guidance_is_asked_without(folders):
 
 @every_family("train")
 def test_a_conditioning_gets_a_gradient_through_the_frozen_model(folder):
-    diffusion = load_frozen_diffusion(folder)
+    diffusion = load(folder)
     size = diffusion.side // diffusion.pipeline.vae_scale_factor
     answer = diffusion.encode(["a fox"])
     given = conditioning.Conditioning(
@@ -220,7 +220,7 @@ def test_the_loss_of_the_true_velocity_is_zero_and_every_sample_weighs_alike():
 
 @every_family("train")
 def test_times_are_logit_normal_shifted_as_the_scheduler_shifts(folder):
-    diffusion = load_frozen_diffusion(folder)
+    diffusion = load(folder)
     generators = [torch.Generator().manual_seed(seed) for seed in range(2000)]
     for given, expected in (
         ({"shift": 3.0, "use_dynamic_shifting": False}, math.log(3)),
@@ -234,13 +234,13 @@ def test_times_are_logit_normal_shifted_as_the_scheduler_shifts(folder):
 
 @every_family("train")
 def test_the_times_of_a_sample_follow_from_its_seed_alone(folder):
-    diffusion = load_frozen_diffusion(folder)
+    diffusion = load(folder)
     both = diffusion.timesteps([torch.Generator().manual_seed(seed) for seed in (5, 6)])
     assert torch.equal(diffusion.timesteps([torch.Generator().manual_seed(6)]), both[1:])
 
 
 def test_a_space_that_is_not_the_models_is_said_before_anything_is_trained(tiny_llm, folders):
-    targets = TextTargets(load_frozen_diffusion(folders["sd3"]), ["a fox"])
+    targets = TextTargets(load(folders["sd3"]), ["a fox"])
     recipe = make_recipe(AlignRecipe, space="sd3", tokens=154)
     with pytest.raises(
         BadInputError, match=r"sd3 \(154 x 4096 .* expects StableDiffusion3Pipeline \(154 x 48 "
@@ -258,7 +258,7 @@ def test_a_space_that_is_not_the_models_is_said_before_anything_is_trained(tiny_
 
 
 def test_sd3s_targets_are_two_clips_side_by_side_and_then_t5(folders):
-    diffusion = load_frozen_diffusion(folders["sd3"])
+    diffusion = load(folders["sd3"])
     answer, pipeline = diffusion.encode(["a fox", ""]), diffusion.pipeline
     assert answer.tokens.shape == (2, 154, WIDTH) and answer.pooled.shape == (2, 22)
     ids = pipeline.tokenizer(["a fox", ""], padding="max_length", return_tensors="pt").input_ids
@@ -274,7 +274,7 @@ def test_sd3s_targets_are_two_clips_side_by_side_and_then_t5(folders):
 
 
 def test_fluxs_targets_are_t5s_tokens_and_the_pooled_vector_of_a_clip(folders):
-    diffusion = load_frozen_diffusion(folders["flux"])
+    diffusion = load(folders["flux"])
     answer, pipeline = diffusion.encode(["a fox", ""]), diffusion.pipeline
     letters = pipeline.tokenizer_2(["a fox", ""], padding="max_length", max_length=256, return_tensors="pt")
     tokens = pipeline.text_encoder_2(letters.input_ids).last_hidden_state
@@ -292,7 +292,7 @@ def test_sd3_without_t5_is_trained_on_zeros_in_its_place(folders, tmp_path, how)
         index = json.loads((tmp_path / "model_index.json").read_text())
         nothing = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
         (tmp_path / "model_index.json").write_text(json.dumps(index | nothing))
-    diffusion, whole = load_frozen_diffusion(tmp_path), load_frozen_diffusion(folders["sd3"])
+    diffusion, whole = load(tmp_path), load(folders["sd3"])
     answer, full = diffusion.encode(["a fox"]), whole.encode(["a fox"])
     assert torch.equal(answer.tokens[:, :77], full.tokens[:, :77]) and torch.equal(answer.pooled, full.pooled)
     assert answer.tokens.shape == (1, 154, WIDTH) and not answer.tokens[:, 77:].any()
@@ -306,12 +306,12 @@ def test_a_model_without_the_text_encoders_that_a_mapper_learns_from_is_refused(
     shutil.copytree(folders["sd3"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "text_encoder_2")
     with pytest.raises(BadInputError, match=r"comes without its text_encoder_2, .* Give the whole folder"):
-        load_frozen_diffusion(tmp_path)
+        load(tmp_path)
 
 
 @every_family("train")
 def test_latents_are_shifted_and_scaled(folder):
-    diffusion = load_frozen_diffusion(folder)
+    diffusion = load(folder)
     vae, side = diffusion.pipeline.vae, diffusion.side
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     found = diffusion.latents([Image.fromarray(pixels)])
@@ -329,7 +329,7 @@ def test_latents_are_shifted_and_scaled(folder):
 
 @every_family("diffusers")
 def test_a_target_draws_what_its_caption_draws(folder, family):
-    diffusion = load_frozen_diffusion(folder)
+    diffusion = load(folder)
     drawn = diffusion.generate(diffusion.encode(["a fox", "a bear"]), diffusion.encode([""]), seed=3)
     generator = torch.Generator().manual_seed(3)
     same = {
@@ -345,7 +345,7 @@ def test_a_target_draws_what_its_caption_draws(folder, family):
 
 
 def test_flux_is_guided_away_from_the_mappers_negative_where_true_cfg_scale_asks_for_it(folders):
-    diffusion = load_frozen_diffusion(folders["schnell"])
+    diffusion = load(folders["schnell"])
     pipeline, side = diffusion.pipeline, diffusion.side
     given = prompt_arguments(diffusion.encode(["a fox"]), diffusion.encode([""]))
     same = {
