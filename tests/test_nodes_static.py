@@ -15,7 +15,7 @@ NODES = sorted((ROOT / "nodes").rglob("*.py"))
 SHIPPED = [ROOT / "__init__.py", *NODES, *sorted(CORE.rglob("*.py"))]
 TRAINERS = {"diffusers", "peft", "accelerate"}
 # The core's files that need a trainer's library, at the top or inside a function: for Python and the shell alone.
-NOT_FOR_NODES = {"cli.py": {"diffusers"}, "pipeline.py": {"diffusers"}}
+NOT_FOR_NODES = {"cli.py": {"diffusers"}, "model_index.py": {"diffusers"}, "pipeline.py": {"diffusers"}}
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "breakpoint", "input",
     "os.system", "os.popen", "os.execv", "os.spawnl", "os.startfile", "os.fork",
