@@ -177,7 +177,7 @@ def test_the_old_word_for_systems_goes_on_working_and_the_last_one_given_counts(
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('rows = ["oracle"]')
     assert load_recipe(StorybookEvaluateRecipe, recipe, []).systems == ("oracle",)
-    assert capsys.readouterr().out == "rows is called systems now\n"
+    assert capsys.readouterr().out == "rows is called systems now; the old name goes on working.\n"
     assert load_recipe(EvaluateRecipe, recipe, ['systems=["vokens"]']).systems == ("vokens",)
     recipe.write_text('systems = ["oracle"]')
     assert load_recipe(EvaluateRecipe, recipe, ['rows=["vokens"]']).systems == ("vokens",)
@@ -255,7 +255,7 @@ def test_a_recipe_of_ablations_that_says_nothing_or_too_much_is_refused(tmp_path
 
 def test_the_shipped_ablations_are_recipes():
     variants = read_variants(Path("trainer/recipes/storybook_ablations.toml"))
-    assert variants["2 vokens"].align.vokens == 2 and variants["default"].align.steps == 700
+    assert variants["2 vokens"].align.model.vokens == 2 and variants["default"].align.optim.steps == 700
     assert variants["no stage 2"].finetune is None
     assert {variant.evaluate.systems for variant in variants.values()} == {("vokens",)}
 

@@ -124,4 +124,4 @@ def test_the_recipe_says_what_pictures_take():
     totals = [f"{(weights + took[side]) / 1e9:.0f}" for side in took]
     assert f"{more[0]} more for a story's five pictures of 512, or {more[1]} for five of 1024" in COMMENT
     assert f"(picture_size=0): {totals[0]} or {totals[1]} GB" in COMMENT
-    assert tomllib.loads(RECIPE.read_text())["picture_size"] == 512
+    assert tomllib.loads(RECIPE.read_text())["model"]["picture_size"] == 512

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, add_vokens, load_adapter, load_llm
-from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
+from minigpt5_core.llm.unmerged_lora import UnmergedLora
+from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig
 
 
 def tokens_config(llm: FrozenLLM) -> TrainableTokensConfig:
@@ -167,3 +170,25 @@ def test_a_tensor_the_llm_has_no_place_for_is_named(tiny_llm_folder, tmp_path):
     save_file(weights | deeper, adapter / ADAPTER_WEIGHTS)
     with pytest.raises(BadInputError, match="2 tensors differ; the LLM has no place for .*layers.7"):
         load_adapter(load_llm(tiny_llm_folder), adapter)
+
+
+def test_what_is_laid_on_the_llm_leaves_the_one_given_as_it_was(tiny_llm):
+    """It shares tokenizer and causal LM, and whatever else is not replaced."""
+    with pytest.raises(FrozenInstanceError):
+        tiny_llm.bos_id = 1
+    adapter = Adapter(tiny_llm.voken_ids, {}, {}, 1.0, bos_id=7)
+    unmerged = UnmergedLora({}, 1.0)
+    adapted = tiny_llm.with_adapter(adapter, unmerged)
+    assert (adapted.bos_id, adapted.unmerged_lora) == (7, (unmerged,))
+    assert (tiny_llm.bos_id, tiny_llm.unmerged_lora) == (None, ())
+    assert adapted.causal_lm is tiny_llm.causal_lm and adapted.tokenizer is tiny_llm.tokenizer
+
+
+def test_another_image_encoder_begins_with_no_picture_seen(tiny_llm):
+    config = ImageEncoderConfig(
+        llm_width=32, size=16, tokens=3, channels=[4, 8], hidden=12, heads=2, layers=1
+    )
+    first, second = (tiny_llm.with_vision(ImageEncoder(config).eval()) for _ in range(2))
+    picture = torch.rand(16, 16, 3)
+    assert not torch.equal(first.see(picture), second.see(picture))
+    assert len(first.seen) == len(second.seen) == 1 and not tiny_llm.has_vision

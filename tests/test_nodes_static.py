@@ -15,7 +15,7 @@ NODES = sorted((ROOT / "nodes").rglob("*.py"))
 SHIPPED = [ROOT / "__init__.py", *NODES, *sorted(CORE.rglob("*.py"))]
 TRAINERS = {"diffusers", "peft", "accelerate"}
 # The core's files that need a trainer's library, at the top or inside a function: for Python and the shell alone.
-NOT_FOR_NODES = {name: {"diffusers"} for name in ("cli.py", "diffusion.py", "pipeline.py")}
+NOT_FOR_NODES = {name: {"diffusers"} for name in ("cli.py", "diffusion.py", "model_index.py", "pipeline.py")}
 FORBIDDEN_CALLS = {
     "eval", "exec", "compile", "__import__", "breakpoint", "input",
     "os.system", "os.popen", "os.execv", "os.spawnl", "os.startfile", "os.fork",

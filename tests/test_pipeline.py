@@ -240,8 +240,8 @@ def test_a_model_is_found_by_its_name_in_the_hubs_cache_and_a_folder_of_that_nam
 
 
 def test_the_recipe_for_sd21_names_the_model_that_is_still_published():
-    recipe = tomllib.loads((RECIPES / "cc3m_sd21.toml").read_text())
-    assert (recipe["diffusion"], recipe["space"]) == (NAME, "sd21")
+    model = tomllib.loads((RECIPES / "cc3m_sd21.toml").read_text())["model"]
+    assert (model["diffusion"], model["space"]) == (NAME, "sd21")
 
 
 def test_vokens_are_added_behind_the_vocabulary_as_the_mean_row(tiny_llm):

@@ -10,6 +10,7 @@ from minigpt5_core.conditioning import SPACES
 from minigpt5_core.conditioning.mapper import build_mapper, compact_config
 from minigpt5_core.diffusion import load_diffusion
 from minigpt5_core.generate import Reply
+from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.pipeline import StoryTeller
 from minigpt5_core.story import Story
 from minigpt5_core.story.presets import DEFAULT, PRESETS, STORYBOOK, Preset
@@ -18,19 +19,19 @@ from minigpt5_core.story.published_prompts import CC3M, MMDIALOG, VIST
 
 
 @pytest.fixture
-def scripted(tiny_llm):
+def scripted(tiny_llm, monkeypatch):
     """scripted(text): the LLM says that, "*" being [IMG0]; it begins anew with each reply."""
 
     def script(text: str):
         ids = [tiny_llm.voken_ids[0] if sign == "*" else tiny_llm.encode(sign)[0] for sign in text]
         said = iter([*ids, tiny_llm.tokenizer.eos_token_id] * 20)
 
-        def logits(states: torch.Tensor) -> torch.Tensor:
+        def logits(llm: FrozenLLM, states: torch.Tensor) -> torch.Tensor:
             scores = torch.zeros(len(states), len(tiny_llm.tokenizer))
             scores[:, next(said)] = 1000.0
             return scores
 
-        tiny_llm.logits = logits
+        monkeypatch.setattr(FrozenLLM, "logits", logits)
         return tiny_llm
 
     return script
@@ -85,9 +86,7 @@ def test_a_converted_checkpoint_is_addressed_as_it_was_trained_also_by_default(t
     first, later = [Turn("Mia.")], [Turn(NEXT, "Mia."), Turn(NEXT)]
     sampling = DEFAULT.sampling_for(converted, first)
     assert (sampling.pictures, sampling.max_pictures, sampling.stop_strings) == ("first", 1, ("###",))
-    llm = scripted("12Babble.")  # the block takes two of its turns
-    converted = replace(llm, bos_id=2)
-    converted.logits = llm.logits
+    scripted("12Babble.")  # the block takes two of its turns
     converted.causal_lm.config.max_position_embeddings = 1024  # here a token a letter
     scenes, seeds = tell(converted, DEFAULT, 2)
     assert [scene.text for scene in scenes] == ["Mia.", "Babble."] and seeds == [7, 8]
@@ -108,9 +107,9 @@ def test_the_published_settings_are_those_of_the_published_code():
     assert DEFAULT.sampling.repetition_penalty == 1.1 and not DEFAULT.padded
 
 
-def test_a_padded_picture_is_seen_whole(tiny_llm):
+def test_a_padded_picture_is_seen_whole(tiny_llm, monkeypatch):
     seen = []
-    tiny_llm.see = lambda picture: seen.append(picture)
+    monkeypatch.setattr(FrozenLLM, "see", lambda llm, picture: seen.append(picture))
     wide = torch.zeros(4, 8, 3)
     PRESETS["published_vist"].see(tiny_llm, wide)
     DEFAULT.see(tiny_llm, wide)

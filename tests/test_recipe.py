@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from minigpt5_core.errors import BadInputError
-from trainer.common.recipe import load_recipe
+from trainer.common.recipe import change_recipe, load_recipe, make_recipe
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,81 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "broken.toml").write_text("rate = = 1")
     with pytest.raises(BadInputError, match="not valid TOML"):
         load_recipe(Outer, tmp_path / "broken.toml", [])
+
+
+OLD = """# as recipes were written before there were tables
+format = "vist"
+data = "vist/train_cleaned.json"
+space = "sd21"
+steps = 4300
+batch = 16
+llm_precision = "bf16"
+lora_rate = 1e-4
+mapper_rate = 2e-4
+row_rate = 3e-4
+caption_weight = 0.1
+preview_every = 100
+
+[tasks.story]
+weight = 2.0
+"""
+NEW = """
+[model]
+space = "sd21"
+llm_precision = "bf16"
+[data]
+path = "vist/train_cleaned.json"
+format = "vist"
+[data.tasks.story]
+weight = 2.0
+[optim]
+steps = 4300
+batch = 16
+lora_lr = 1e-4
+mapper_lr = 2e-4
+voken_lr = 3e-4
+[loss]
+caption_weight = 0.1
+[run]
+preview_every = 100
+"""
+
+
+@pytest.mark.trains
+def test_a_stages_recipe_is_written_in_tables_or_as_it_was_before(tmp_path, capsys):
+    from trainer.stages.finetune import FinetuneRecipe
+
+    for name, text in (("old", OLD), ("new", NEW)):
+        (tmp_path / f"{name}.toml").write_text(text)
+    old, new = (load_recipe(FinetuneRecipe, tmp_path / f"{name}.toml", []) for name in ("old", "new"))
+    assert old == new and old.data.path == "vist/train_cleaned.json" and old.optim.voken_lr == 3e-4
+    told = capsys.readouterr().out
+    assert "row_rate is called voken_lr now, in the table [optim]" in told and "steps is called" not in told
+    changes = ["batch=2", "optim.steps=3", "data=mine.jsonl", "tasks.story.weight=1", "mapper_rate=1"]
+    for name in ("old", "new"):
+        changed = load_recipe(FinetuneRecipe, tmp_path / f"{name}.toml", changes)
+        assert (changed.optim.batch, changed.optim.steps, changed.optim.mapper_lr) == (2, 3, 1.0)
+        assert (changed.data.path, changed.data.format) == ("mine.jsonl", "vist")
+        assert changed.data.tasks == {"story": {"weight": 1}}
+
+
+@pytest.mark.trains
+def test_a_flat_key_that_nobody_knows_is_refused_with_all_that_are_known():
+    from trainer.stages.align import AlignRecipe
+
+    with pytest.raises(BadInputError, match=r"unknown key 'lora_lr'.* batch, .* seed, .*\[model\], \[data\]"):
+        load_recipe(AlignRecipe, None, ["lora_lr=1"])
+    with pytest.raises(BadInputError, match="optim: unknown key 'step'"):
+        load_recipe(AlignRecipe, None, ["optim.step=1"])
+    with pytest.raises(BadInputError, match="steps is 'many', expected int"):
+        load_recipe(AlignRecipe, None, ["steps=many"])
+
+
+@pytest.mark.trains
+def test_a_recipe_is_made_and_changed_by_flat_names():
+    from trainer.stages.align import AlignRecipe
+
+    made = make_recipe(AlignRecipe, steps=3, seed=5, captions=7)
+    assert (made.optim.steps, made.run.seed, made.data.captions) == (3, 5, 7)
+    changed = change_recipe(made, steps=4, data="x")
+    assert (changed.optim.steps, changed.run.seed, changed.data.path) == (4, 5, "x") and made.optim.steps == 3

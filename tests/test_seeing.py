@@ -16,7 +16,7 @@ from minigpt5_core.story.prompts import DESCRIBE, LOOK, Turn
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig, load_image_adapter
 from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 from tests.stages import train_finetune, train_mapper
-from trainer.common.recipe import change_recipe, make_recipe
+from trainer.common.recipe import make_recipe
 from trainer.llm.sequences import story_losses, story_sequence
 from trainer.stages.finetune import FinetuneRecipe
 from trainer.stages.mapper import MapperRecipe
@@ -153,11 +153,10 @@ def test_a_new_mapper_of_another_shape(trained, tmp_path):
 
 def test_a_mapper_needs_a_loss_from_its_first_step_and_a_folder_of_its_own(trained, tmp_path):
     folder, parts = trained
-    recipe = make_recipe(MapperRecipe, **parts, caption_weight=0.0)
     with pytest.raises(BadInputError, match="Set image_weight=1 and image_from=0"):
-        train_mapper(recipe, tmp_path / "run", folder / "align")
+        make_recipe(MapperRecipe, **parts, caption_weight=0.0)
     with pytest.raises(BadInputError, match="--out and --from are both"):
-        train_mapper(change_recipe(recipe, caption_weight=1.0), folder / "align", folder / "align")
+        train_mapper(make_recipe(MapperRecipe, **parts), folder / "align", folder / "align")
 
 
 def test_a_mapper_needs_an_adapter_to_listen_to(tmp_path):

@@ -27,7 +27,7 @@ def test_help_answers_without_importing_torch():
         (["finetune", "--set", "steps"], "has no '='"),
         (["align", "--recipe", "none.toml"], "cannot be read"),
         (["storybook", "--set", "split=dev"], "split is 'dev'; it can be train or test"),
-        (["storybook-diffusion", "--from", "nowhere"], "is no diffusers folder"),
+        (["storybook-diffusion", "--from", "nowhere"], "is not a diffusers folder"),
         (
             ["storybook-score", "--set", "scorer=none.safetensors", "--set", "mapper=none.safetensors"],
             "none.safetensors",

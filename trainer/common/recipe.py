@@ -110,7 +110,7 @@ def in_place(kind: type, values: dict[str, Any], source: str) -> dict[str, Any]:
         elif name in own or not getattr(kind, "FLAT", False):
             _merge(placed, {name: value}, name)
         else:
-            known = ", ".join(sorted(set(elsewhere) - set(_former(kind))))
+            known = ", ".join(sorted(set(elsewhere) - (set(_former(kind)) - set(tables))))
             raise BadInputError(
                 f"{source}: unknown key {name!r}. Valid keys: {known}; in tables: [{'], ['.join(tables)}]."
             )

@@ -1,1 +1,1 @@
-"""Stories and captioned pictures as people have them on disk, read into one kind of record."""
+"""Data sets as people have them on disk: formats into records, records into the examples that a stage trains on."""

@@ -1,0 +1,1 @@
+"""The LLM in training: examples as token sequences, what learns of it, prefilled contexts."""

@@ -1,0 +1,1 @@
+"""The storybook's own models: autoencoder, text-to-image model, image adapter, caption baseline, scorer."""
