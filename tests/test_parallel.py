@@ -21,7 +21,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_llm
 from minigpt5_core.llm.precision import dtype_and_quantization
 from tests.stages import train_align, train_finetune, train_mapper, values_of
-from trainer.common.recipe import change_recipe, make_recipe
+from trainer.common.recipe import change_recipe, flat_keys, make_recipe
 from trainer.data.record_source import RecordSource
 from trainer.data.source import Shard
 from trainer.data.stream import Stream
@@ -105,14 +105,20 @@ def test_parts_of_a_batch_give_the_whole_batchs_gradient(align_recipe, finetune_
     train_align(align_recipe, tmp_path / "whole")
     train_align(change_recipe(align_recipe, accumulation=3), tmp_path / "parts")
     same_curve(tmp_path / "whole", tmp_path / "parts")
-    train_finetune(finetune_recipe, tmp_path / "told")
-    train_finetune(change_recipe(finetune_recipe, accumulation=4), tmp_path / "told_parts")
-    assert {"text", "caption_text", "caption", "image"} < set(curve(tmp_path / "told")[0])
-    same_curve(tmp_path / "told", tmp_path / "told_parts")
+    # the storybook's, whose captions are a batch of their own beside the stories
+    world = change_recipe(finetune_recipe, data="", stories=6)
+    for name, recipe in (("told", finetune_recipe), ("world", world)):
+        train_finetune(recipe, tmp_path / name)
+        train_finetune(change_recipe(recipe, accumulation=4), tmp_path / f"{name}_parts")
+        same_curve(tmp_path / name, tmp_path / f"{name}_parts")
+    assert {"text", "caption_text", "caption", "image"} < set(curve(tmp_path / "world")[0])
+    assert set(curve(tmp_path / "told")[0]) == {"step", "text", "caption", "image"}
 
 
 def command(stage, recipe, out, processes, *options):
-    named = {name: value for name, value in vars(recipe).items() if value != getattr(type(recipe)(), name)}
+    kind = type(recipe)
+    given, own = (values_of(one, *flat_keys(kind)) for one in (recipe, kind()))
+    named = {name: value for name, value in given.items() if value != own[name] and name not in kind.FORMER}
     settings = [f"--set={name}={json.dumps(value)}" for name, value in named.items()]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options]
     return [sys.executable, *launch, "-m", "trainer", stage, "--out", str(out), *settings]
