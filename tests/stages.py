@@ -1,5 +1,10 @@
-"""The stages as the command line runs them: on the recipe's data set, or on the storybook's world."""
+"""The stages as the command line runs them: on the recipe's data set, or on the storybook's world.
 
+With one difference: few captions are measured before training, which takes most of a short run. A run that is compared
+with the command line's own measures all of them: `open_source=cli.open_source(recipe)`.
+"""
+
+import json
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
@@ -41,11 +46,11 @@ def train_mapper(
 
 
 def with_source(recipe: StageRecipe, parts: dict[str, Any]) -> dict[str, Any]:
-    return {"open_source": cli.open_source(recipe)} | parts
+    return {"open_source": few_captions(recipe)} | parts
 
 
-def few_captions(recipe: StageRecipe, most: int = 4) -> OpenSource:
-    """The recipe's source, of whose captions few are measured before training: that takes most of a short run."""
+def few_captions(recipe: StageRecipe, most: int = 16) -> OpenSource:
+    """The recipe's source, of whose captions few are measured before training."""
     plain = cli.open_source(recipe)
 
     def open_source(llm: FrozenLLM, features: Features | None) -> DataSource:
@@ -59,7 +64,7 @@ def few_captions(recipe: StageRecipe, most: int = 4) -> OpenSource:
 
 def stopping_source(recipe: StageRecipe, after: int) -> OpenSource:
     """The recipe's source, which ends the run, as Ctrl-C does that cannot wait, when it is asked once more."""
-    plain = cli.open_source(recipe)
+    plain = few_captions(recipe)
 
     def open_source(llm: FrozenLLM, features: Features | None) -> DataSource:
         source: Any = plain(llm, features)
@@ -90,6 +95,16 @@ def stopping(plain: Callable[..., Any], after: int) -> Callable[..., Any]:
         return plain(*given)
 
     return call
+
+
+def as_settings(recipe: StageRecipe) -> list[str]:
+    """What of a recipe is not the default, as the command line takes it."""
+    plain, given = type(recipe)(), []
+    for keys in dict.fromkeys(flat_keys(type(recipe)).values()):  # an old name is there beside the new one
+        value = reduce(getattr, keys, recipe)
+        if value != reduce(getattr, keys, plain):
+            given.append(f"--set={keys[-1]}={json.dumps(value)}")
+    return given
 
 
 def values_of(recipe: StageRecipe, *names: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from minigpt5_core.story.prompts import Turn, chat_prompt, chat_text
 from minigpt5_core.versions import has_transformers
 from minigpt5_core.vokens import gather_voken_states
 from tests.family_toys import SIDE, TOYS
-from tests.stages import few_captions, train_align, train_finetune
+from tests.stages import train_align, train_finetune
 from trainer.common.recipe import make_recipe
 from trainer.llm.adapters import save_adapter, trainable, with_prefix
 from trainer.llm.sequences import StorySequence, story_losses, story_sequence
@@ -249,7 +249,7 @@ def stages(folder, tiny_diffusion_folder, tmp_path_factory):
 def train_both(folder: Path, diffusion: Path, run: Path) -> FrozenLLM:
     parts = {"llm": str(folder), "diffusion": str(diffusion), "steps": 2, "batch": 2}
     align = make_recipe(AlignRecipe, **parts, captions=4)
-    train_align(align, run / "align", open_source=few_captions(align))
+    train_align(align, run / "align")
     recipe = make_recipe(
         FinetuneRecipe, **parts, stories=2, questions=1, shown_share=1.0, image_from=0.0, lora_dropout=0.0
     )

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import load_llm
 from minigpt5_core.llm.precision import dtype_and_quantization
-from tests.stages import train_align, train_finetune, train_mapper, values_of
-from trainer.common.recipe import change_recipe, flat_keys, make_recipe
+from tests.stages import as_settings, train_align, train_finetune, train_mapper, values_of
+from trainer.cli import open_source
+from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.record_source import RecordSource
 from trainer.data.source import Shard
 from trainer.data.stream import Stream
@@ -46,10 +47,16 @@ def align_recipe(tiny_llm_folder, tiny_diffusion_folder):
 @pytest.fixture
 def finetune_recipe(tiny_llm_folder, tiny_diffusion_folder, tmp_path):
     return make_recipe(FinetuneRecipe,
-        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), steps=4, batch=4, captions=3, lora_dropout=0.0,
+        llm=str(tiny_llm_folder), diffusion=str(tiny_diffusion_folder), steps=4, batch=4, lora_dropout=0.0,
         image_from=0.0, preview_every=100, save_every=100, dropout=0.3, tracker="",
         data=str(export_stories("jsonl", 6, 3, tmp_path / "data")),
     )  # fmt: skip
+
+
+@pytest.fixture
+def world_recipe(finetune_recipe):
+    """The same on the storybook's world, whose captions by themselves are a text loss more."""
+    return change_recipe(finetune_recipe, data="", stories=6, captions=3)
 
 
 def curve(out):
@@ -101,27 +108,19 @@ def test_processes_share_what_one_draws_and_draw_nothing_twice(kind, tiny_llm, t
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_give_the_whole_batchs_gradient(align_recipe, finetune_recipe, tmp_path):
+def test_parts_of_a_batch_give_the_whole_batchs_gradient(align_recipe, world_recipe, tmp_path):
     train_align(align_recipe, tmp_path / "whole")
     train_align(change_recipe(align_recipe, accumulation=3), tmp_path / "parts")
     same_curve(tmp_path / "whole", tmp_path / "parts")
-    # the storybook's, whose captions are a batch of their own beside the stories
-    world = change_recipe(finetune_recipe, data="", stories=6)
-    for name, recipe in (("told", finetune_recipe), ("world", world)):
-        train_finetune(recipe, tmp_path / name)
-        train_finetune(change_recipe(recipe, accumulation=4), tmp_path / f"{name}_parts")
-        same_curve(tmp_path / name, tmp_path / f"{name}_parts")
-    assert {"text", "caption_text", "caption", "image"} < set(curve(tmp_path / "world")[0])
-    assert set(curve(tmp_path / "told")[0]) == {"step", "text", "caption", "image"}
+    train_finetune(world_recipe, tmp_path / "told")
+    train_finetune(change_recipe(world_recipe, accumulation=4), tmp_path / "told_parts")
+    assert {"text", "caption_text", "caption", "image"} < set(curve(tmp_path / "told")[0])
+    same_curve(tmp_path / "told", tmp_path / "told_parts")
 
 
 def command(stage, recipe, out, processes, *options):
-    kind = type(recipe)
-    given, own = (values_of(one, *flat_keys(kind)) for one in (recipe, kind()))
-    named = {name: value for name, value in given.items() if value != own[name] and name not in kind.FORMER}
-    settings = [f"--set={name}={json.dumps(value)}" for name, value in named.items()]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *options]
-    return [sys.executable, *launch, "-m", "trainer", stage, "--out", str(out), *settings]
+    return [sys.executable, *launch, "-m", "trainer", stage, "--out", str(out), *as_settings(recipe)]
 
 
 @pytest.mark.slow
@@ -129,7 +128,8 @@ def command(stage, recipe, out, processes, *options):
 def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_recipe, tmp_path):
     recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
     recipe = change_recipe(recipe, save_every=2)
-    run(recipe, tmp_path / "one")
+    every = {"open_source": open_source(recipe)}  # as the two processes have it
+    run(recipe, tmp_path / "one", **every)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command(stage, recipe, tmp_path / "two", 2),
@@ -143,7 +143,7 @@ def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_
     same_curve(tmp_path / "one", tmp_path / "two")
     same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4)
     (tmp_path / "two/states/step_000004").rename(tmp_path / "gone")
-    run(recipe, tmp_path / "two", resume=True)  # what two began, one can end
+    run(recipe, tmp_path / "two", resume=True, **every)  # what two began, one can end
     same_curve(tmp_path / "one", tmp_path / "two")
     same_weights(tmp_path / "one", tmp_path / "two", atol=2e-4)
 
@@ -151,13 +151,13 @@ def test_two_processes_give_the_loss_curve_of_one(stage, align_recipe, finetune_
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 def test_an_llm_spread_over_processes_gives_the_loss_curve_of_a_whole_one(
-    stage, align_recipe, finetune_recipe, tmp_path
+    stage, align_recipe, world_recipe, tmp_path
 ):
-    recipe, run = {"align": (align_recipe, train_align), "finetune": (finetune_recipe, train_finetune)}[stage]
+    recipe, run = {"align": (align_recipe, train_align), "finetune": (world_recipe, train_finetune)}[stage]
     recipe = change_recipe(recipe, shard_llm=True, preview_every=4)
     if stage == "finetune":  # the second process has none of the captions, and runs all the same
         recipe = change_recipe(recipe, captions=1, gradient_checkpointing=True)
-    run(recipe, tmp_path / "whole")  # one process has nobody to share with
+    run(recipe, tmp_path / "whole", open_source=open_source(recipe))  # one process has nobody to share with
     done = subprocess.run(
         command(stage, recipe, tmp_path / "spread", 2),
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
@@ -205,7 +205,7 @@ def test_a_run_that_loses_a_process_starts_again_from_its_newest_state(align_rec
     assert process.returncode == 0, errors[-3000:]
     assert '"kept": 1' in metrics.read_text()
     metrics.write_text(metrics.read_text().replace('"kept": 1, ', ""))
-    train_align(recipe, tmp_path / "one")
+    train_align(recipe, tmp_path / "one", open_source=open_source(recipe))
     same_curve(tmp_path / "one", tmp_path / "two")
     assert [line["step"] for line in curve(tmp_path / "two")] == list(range(1, 15))
 

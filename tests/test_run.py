@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt5_core.conditioning import Conditioning
-from tests.stages import train_align, values_of
-from trainer.cli import main
+from tests.stages import as_settings, train_align
+from trainer.cli import main, open_source
 from trainer.common.progress import Progress, Terminated, TrainingError, interrupts
 from trainer.common.provenance import fingerprint
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.diffusion import load_frozen_diffusion
 from trainer.stages import align
 from trainer.stages.align import AlignRecipe
+from trainer.storybook.world.export import export_stories
 from trainer.training.checkpoint import Run, start_accelerator
 from trainer.training.run_summary import running_mean
 
@@ -142,10 +143,11 @@ def test_a_signal_waits_for_the_end_of_the_step(number, kind):
 )
 def test_a_stopped_process_goes_on_as_if_nothing_had_been(recipe, tmp_path, number, code):
     """The real command: stopped after its second step, resumed, and compared with one that ran through."""
-    recipe = change_recipe(recipe, steps=15)
-    named = ("llm", "diffusion", "captions", "steps", "batch", "image_weight", "save_every")
-    settings = [f"--set={name}={value}" for name, value in values_of(recipe, *named).items()]
-    command = [sys.executable, "-m", "trainer", "align", "--out", str(tmp_path / "run"), *settings]
+    data = export_stories("jsonl", 2, 3, tmp_path / "data")
+    recipe = change_recipe(recipe, steps=15, data=str(data))
+    command = [
+        sys.executable, "-m", "trainer", "align", "--out", str(tmp_path / "run"), *as_settings(recipe)
+    ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (tmp_path / "run" / "states" / "step_000002" / "step.json").is_file():
@@ -156,7 +158,7 @@ def test_a_stopped_process_goes_on_as_if_nothing_had_been(recipe, tmp_path, numb
     assert process.returncode == code, errors
     assert not (tmp_path / "run" / "mapper.safetensors").exists()
     assert main([*command[3:], "--resume"]) == 0
-    train_align(recipe, tmp_path / "whole")
+    train_align(recipe, tmp_path / "whole", open_source=open_source(recipe))
     same(tmp_path / "whole", tmp_path / "run")
 
 

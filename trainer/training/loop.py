@@ -5,6 +5,7 @@ by how much of the step's total it holds. So two processes, or two parts one aft
 the losses that one process gives with the whole batch, to rounding.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from .config import OptimConfig
 from .optimise import descend
 from .run_summary import plot_losses
 from .state import Parts, load_optimizer, load_random, load_weights, resuming
+
+PLOT_SECONDS = 30.0  # between two drawings of the losses, each of which takes as long as many a step
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,7 @@ def train(
         loop.average.to(loop.accelerator.device)  # a saved one comes back on the CPU
     progress = Progress(steps, start=start)
     since_save: list[float] = []
+    plotted = time.monotonic()
     with interrupts() as interrupted:
         for step in range(start + 1, steps + 1):
             losses = _step(loop, step, batches)
@@ -241,8 +245,11 @@ def train(
             since_save.append(loop.weighted(losses))
             _report(loop, progress, step, losses, first=step == start + 1)
             if step % settings.save_every == 0 or step == steps or stops:
-                _save_state(loop, step, since_save)
+                run.save_state(step, sum(since_save) / len(since_save))
                 since_save = []
+                if step == steps or stops or time.monotonic() - plotted > PLOT_SECONDS:
+                    _plot(loop)
+                    plotted = time.monotonic()
             if step % settings.preview_every == 0 and (loop.is_main or run.shards):
                 with loop.averaged():
                     preview(step)
@@ -260,6 +267,7 @@ def _step(loop: TrainLoop, step: int, batches: Callable[[int], Sequence[Batch]])
     try:
         return loop.step(batches(step))
     except TrainingError as error:
+        _plot(loop)
         raise TrainingError(
             f"step {step}: {error}. {loop.run.safe()} Set lower rates (mapper_lr, voken_lr, lora_lr) and go on from "
             "there with --resume."
@@ -275,7 +283,6 @@ def _report(loop: TrainLoop, progress: Progress, step: int, losses: dict[str, fl
         print(loop.features.summary(), flush=True)
 
 
-def _save_state(loop: TrainLoop, step: int, since_save: Sequence[float]) -> None:
-    loop.run.save_state(step, sum(since_save) / len(since_save))
+def _plot(loop: TrainLoop) -> None:
     if loop.is_main:
         plot_losses(loop.run.metrics(), loop.run.out / "losses.png")

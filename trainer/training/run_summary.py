@@ -7,15 +7,13 @@ from typing import Any
 
 def plot_losses(metrics: list[dict[str, float]], file: Path) -> None:
     """Each loss over the steps, thin as it was and thick as a running mean; no file before the first step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = sorted({name for line in metrics for name in line if name != "step"})
     if not names:
         return
-    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.2), squeeze=False)
+    figure = Figure(figsize=(5 * len(names), 3.2))
+    axes = figure.subplots(1, len(names), squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         steps = [line["step"] for line in metrics if name in line]
         values = [line[name] for line in metrics if name in line]
@@ -25,7 +23,6 @@ def plot_losses(metrics: list[dict[str, float]], file: Path) -> None:
         axis.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(file, dpi=80)
-    pyplot.close(figure)
 
 
 def running_mean(values: list[float], rate: float = 0.05) -> list[float]:
