@@ -115,6 +115,7 @@ def test_in_bf16_a_story_has_the_same_pictures_to_its_rounding(folders, family, 
     assert 0 < np.abs(drawn[0] - drawn[1]).max() and np.abs(drawn[0] - drawn[1]).mean() < 4
 
 
+@pytest.mark.slow
 def test_training_in_bf16_gives_the_losses_of_float32_to_its_rounding(recipe, tmp_path):
     recipe = change_recipe(recipe, steps=2, preview_every=100)
     train_align(recipe, tmp_path / "whole")

@@ -53,6 +53,7 @@ def recipe(tiny_llm_folder, xl_folder, toy_space, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.space("sdxl", "train")
 def test_both_stages_train_tokens_and_the_pooled_vector_for_sdxl(recipe, tmp_path):
     train_align(recipe, tmp_path / "align")
