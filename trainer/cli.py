@@ -8,7 +8,7 @@
     mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's caption baseline: the LLM writes captions
-    data check PATH      read a data set of yours, and say what is in it and what is broken
+    data check PATH      read a data set of yours, pictures or captions alone, and say what is in it and what is broken
     data cache PATH      compute once what training needs of its pictures and captions
     data export PATH     write the storybook's stories in any of the formats, to see how one looks
     evaluate             vokens beside the two-stage pipeline, on the storybook or a data set, with a report
@@ -78,6 +78,9 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     export = actions.add_parser("export", help="write the storybook's stories in a format")
     export.add_argument("--stories", type=int, default=8)
     export.add_argument("--seed", type=int, default=0)
+    export.add_argument(
+        "--captions-only", action="store_true", help="describe the pictures, and draw none (jsonl, captions)"
+    )
     cache = actions.add_parser("cache", help="compute once what training needs of its pictures and captions")
     cache.add_argument("--out", type=Path, required=True, help="the cache's folder; what it has stays")
     cache.add_argument(
@@ -114,7 +117,13 @@ def _data_cache(arguments: argparse.Namespace) -> int:
 def _data_export(arguments: argparse.Namespace) -> int:
     from .storybook.world.export import export_stories
 
-    path = export_stories(arguments.layout, arguments.stories, arguments.seed, arguments.path)
+    path = export_stories(
+        arguments.layout,
+        arguments.stories,
+        arguments.seed,
+        arguments.path,
+        captions_only=arguments.captions_only,
+    )
     print(f"{arguments.stories} stories: {path}")
     return 0
 
@@ -297,7 +306,7 @@ COMMANDS = {
     "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),
 }
 
-LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog")
+LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog", "captions")
 DATA = {"check": _data_check, "cache": _data_cache, "export": _data_export}
 
 

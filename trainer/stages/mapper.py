@@ -118,7 +118,7 @@ class StateBatcher:
     def _batch(self, rows: list[tuple[int, int]], uses_diffusion_loss: bool) -> Batch:
         states = self.known.states[[row for row, _ in rows]].float()
         targets = [replace(self.known.targets[row], seed=seed) for row, seed in rows]
-        counts = self.setup.picture_losses.counts(len(targets), uses_diffusion_loss)
+        counts = self.setup.picture_losses.counts(targets, uses_diffusion_loss)
         return Batch((states, targets, uses_diffusion_loss), counts)
 
     def losses(self, inputs: Any) -> Losses:
