@@ -84,12 +84,16 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     cache = actions.add_parser("cache", help="compute once what training needs of its pictures and captions")
     cache.add_argument("--out", type=Path, required=True, help="the cache's folder; what it has stays")
     cache.add_argument(
-        "--diffusion", type=Path, default=Path("storybook/diffusers"), help="whose latents and text encoder"
+        "--diffusion",
+        type=Path,
+        default=Path("storybook/diffusers"),
+        help="whose latents and text encoder: a folder, or for captions alone a checkpoint file",
     )
     cache.add_argument(
         "--diffusion-precision", default="float32", choices=("float32", "bf16"), help="as the recipe's"
     )
     cache.add_argument("--picture-size", type=int, default=0, help="as the recipe's: pixels, 0 is its own")
+    cache.add_argument("--tokenizer", default="", help="as the recipe's: of a --diffusion checkpoint file")
     cache.add_argument("--image-adapter", type=Path, help="caches image tokens too, as it makes them")
     cache.add_argument("--llm", type=Path, help="the image adapter's LLM; without one it is not loaded")
     existing = "the annotation file, or the folder"
@@ -110,8 +114,9 @@ def _data_cache(arguments: argparse.Namespace) -> int:
     from .feature_cache.build import cache_features
 
     parts = arguments.diffusion, arguments.llm, arguments.image_adapter
-    how = arguments.diffusion_precision, arguments.picture_size
-    return 0 if cache_features(arguments.path, arguments.layout, arguments.out, *parts, *how).pictures else 1
+    how = arguments.diffusion_precision, arguments.picture_size, arguments.tokenizer
+    built = cache_features(arguments.path, arguments.layout, arguments.out, *parts, *how)
+    return 0 if built.pictures or built.captions else 1
 
 
 def _data_export(arguments: argparse.Namespace) -> int:
