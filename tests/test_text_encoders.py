@@ -85,6 +85,13 @@ def test_half_precision_is_given_when_asked_for(folder):
     assert {p.dtype for part in alone.text_encoders() for p in part.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("family", ["sdxl"])
+def test_a_folder_that_lacks_a_tokenizer_is_refused(folder):
+    shutil.rmtree(folder / "tokenizer_2")
+    with pytest.raises(BadInputError, match="lacks tokenizer_2, as diffusers saves them"):
+        load_text_encoders(folder)
+
+
 def test_a_folder_of_no_known_family_is_refused(tmp_path):
     (tmp_path / "text_encoder").mkdir()
     (tmp_path / "text_encoder" / "config.json").write_text('{"architectures": ["BertModel"]}')

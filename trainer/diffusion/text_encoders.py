@@ -83,6 +83,11 @@ def _read_folder(given: Path, dtype: torch.dtype) -> tuple[str, Parts]:
     parts = {
         name: _read_part(folder / name, kind[0], kind[1], dtype) for name, kind in named.items() if kind[0]
     }
+    wanted = [name.replace("text_encoder", "tokenizer") for name in parts if name.startswith("text_encoder")]
+    if lacking := [name for name in wanted if name not in parts]:
+        raise BadInputError(
+            f"{folder} lacks {' and '.join(lacking)}, as diffusers saves them. Copy the folder whole."
+        )
     return index["_class_name"], parts
 
 

@@ -39,8 +39,8 @@ class ModelConfig:
     "float32", "bf16", or "4bit" (NF4, needs bitsandbytes); `shard_llm` spreads its layers over the processes (FSDP).
     `diffusion` is a diffusers folder, of which text encoders and tokenizers are enough where there are no pictures; or
     for these a checkpoint file (.safetensors) of SD 1.5, SD 2.x or SDXL, with the folder of its CLIP `tokenizer`
-    (empty: looked for). `diffusion_precision` is "float32" or "bf16"; losses are in float32 all the same. `picture_size` is the
-    side of the pictures it is trained with and of previews, in pixels (0: the model's own).
+    (empty: looked for). `diffusion_precision` is "float32" or "bf16"; losses are in float32 all the same.
+    `picture_size` is the side of the pictures it is trained with and of previews, in pixels (0: the model's own).
 
     `mapper` is "compact", "connector" or "reference"; it turns `vokens` states into `tokens` tokens of the conditioning
     `space`. Caption alignment needs the text encoder's own number of tokens.
