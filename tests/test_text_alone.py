@@ -16,6 +16,7 @@ from trainer.cli import main
 from trainer.common.recipe import change_recipe, make_recipe
 from trainer.data.source import PictureTarget
 from trainer.diffusion import TextTargets, load_frozen_diffusion, load_text_encoders
+from trainer.evaluation.evaluate import EvaluateRecipe, evaluate
 from trainer.feature_cache.cache import CachedFeatures
 from trainer.stages.align import AlignRecipe
 from trainer.stages.finetune import FinetuneRecipe
@@ -57,6 +58,7 @@ def losses(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_stage_trains_on_captions_and_described_stories(parts, told, captions, tmp_path, capsys):
     train_align(make_recipe(AlignRecipe, **parts, **captions), tmp_path / "align")
     said = capsys.readouterr().out
@@ -70,6 +72,7 @@ def test_every_stage_trains_on_captions_and_described_stories(parts, told, capti
     assert json.loads((tmp_path / "fine" / "run.json").read_text())["recipe"]["loss"]["image_weight"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_whole_models_text_encoder_teaches_the_same(parts, told, tiny_diffusion_folder, tmp_path):
     """And with pictures at hand, but without the diffusion loss, the losses are the same too."""
     drawn = {"data": str(export_stories("jsonl", 3, 5, tmp_path / "drawn"))}
@@ -157,6 +160,7 @@ def pictures_space():
     return SPACES["storybook"]
 
 
+@pytest.mark.slow
 def test_mixed_stories_train_with_both_losses(parts, tiny_diffusion_folder, tmp_path):
     folder = tmp_path / "mixed"
     path = export_stories("jsonl", 3, 5, folder)
@@ -213,3 +217,22 @@ def test_the_command_trains_on_captions(parts, captions, tmp_path, capsys):
     assert main(["align", "--out", str(tmp_path / "run"), *changes]) == 0
     assert main(["align", "--out", str(tmp_path / "run"), *changes, "--set", "image_weight=1"]) == 2
     assert "Set image_weight=0 (the captions teach the mapper)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_described_stories_are_evaluated_without_true_pictures(trained, told, tmp_path, capsys):
+    folder, parts = trained
+    run = folder / "align"
+    recipe = EvaluateRecipe(
+        **parts, **told, stories=1, steps=1, write=False, systems=("vokens", "oracle"),
+        adapter=str(run / "adapter"), mapper=str(run / "mapper.safetensors"),
+    )  # fmt: skip
+    report = evaluate(recipe, tmp_path / "report")
+    assert "there are no scores that compare with true pictures" in capsys.readouterr().out
+    assert report["rows"]["vokens"]["abstained"]["mean"] == 0 and report["rows"]["vokens"]["spurious"] is None
+    assert report["rows"]["vokens"]["clip_i"] is None
+
+
+def test_captions_are_no_stories_to_go_on_with(captions, tmp_path):
+    with pytest.raises(BadInputError, match="holds captions, and no story to go on with. Set write=false"):
+        evaluate(EvaluateRecipe(**captions), tmp_path / "report")
