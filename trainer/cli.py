@@ -3,14 +3,14 @@
     storybook            show or write the storybook's stories and pictures
     storybook-diffusion  train the storybook's autoencoder, text encoder and UNet
     storybook-scorer     train the classifier that measures pictures
-    align                stage 1: captions to pictures
+    align                stage 1: captions to pictures; from captions alone too (--set format=captions)
     finetune             stage 2: interleaved stories
     mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's caption baseline: the LLM writes captions
     data check PATH      read a data set of yours, pictures or captions alone, and say what is in it and what is broken
     data cache PATH      compute once what training needs of its pictures and captions
-    data export PATH     write the storybook's stories in any of the formats, to see how one looks
+    data export PATH     write the storybook's stories in any of the formats, with pictures or with captions only
     evaluate             vokens beside the two-stage pipeline, on the storybook or a data set, with a report
     convert              published checkpoints into our files (convert --help)
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
