@@ -87,12 +87,15 @@ def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Pa
 def space_of(diffusion: DiffusionPipeline, default: Space) -> Space:
     """The space a diffusion model takes, read off its configuration; fields that it omits come from `default`."""
     widths = widths_in_diffusers(diffusion, default)
-    if widths is None:
-        return default
+    return default if widths is None else space_of_widths(widths, default, type(diffusion).__name__)
+
+
+def space_of_widths(widths: tuple[int, int | None], default: Space, name: str) -> Space:
+    """The space of conditioning with widths (C, P): `default` or a known one, else one called `name`."""
     for known in (default, *SPACES.values()):
         if (known.width, known.pooled_width) == widths:
             return known
-    return Space(type(diffusion).__name__, default.tokens, *widths)
+    return Space(name, default.tokens, *widths)
 
 
 def prompt_arguments(

@@ -25,7 +25,11 @@ MODULES = ("None.py", "pipeline.py")
 
 def check_index(folder: Path) -> None:
     """BadInputError unless the folder's parts are classes of diffusers and transformers, and files in the folder."""
-    index = _read(folder / INDEX)
+    check_parts(folder, _read(folder / INDEX))
+
+
+def check_parts(folder: Path, index: dict[str, Any]) -> None:
+    """As `check_index`, of what an index says or would say of the folder."""
     _check_pipeline(folder, index.get("_class_name"))
     for module in MODULES:
         _check_absent(folder, folder / module)

@@ -53,7 +53,7 @@ def test_a_story_comes_back_from_every_layout(exported, told, layout):
             )
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in TOLD])
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in (*TOLD, "captions")])
 def test_captioned_pictures_come_back_from_every_layout(exported, told, layout):
     records = list(read(exported[layout], layout))
     scenes = [(n, i, scene) for n, story in enumerate(told) for i, scene in enumerate(story)]
@@ -99,6 +99,7 @@ BROKEN = {
         ('{"items": [{"text": ""}]}', "expected words"),
         ('{"items": [{"picture": "gone.png"}]}', "picture gone.png is missing"),
         ('{"items": [{"txt": "a"}]}', "either text"),
+        ('{"items": [{"caption": " "}]}', "caption is ' ', expected words"),
         ('{"items": [{"text": "a", "speaker": "bot"}]}', "speaker 'bot'"),
         ('{"items": [{"text": "a", "x": 1}]}', "unknown x"),
     ],

@@ -3,14 +3,14 @@
     storybook            show or write the storybook's stories and pictures
     storybook-diffusion  train the storybook's autoencoder, text encoder and UNet
     storybook-scorer     train the classifier that measures pictures
-    align                stage 1: captions to pictures
+    align                stage 1: captions to pictures; from captions alone too (--set format=captions)
     finetune             stage 2: interleaved stories
     mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's caption baseline: the LLM writes captions
-    data check PATH      read a data set of yours, and say what is in it and what is broken
+    data check PATH      read a data set of yours, pictures or captions alone, and say what is in it and what is broken
     data cache PATH      compute once what training needs of its pictures and captions
-    data export PATH     write the storybook's stories in any of the formats, to see how one looks
+    data export PATH     write the storybook's stories in any of the formats, with pictures or with captions only
     evaluate             vokens beside the two-stage pipeline, on the storybook or a data set, with a report
     convert              published checkpoints into our files (convert --help)
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
@@ -78,15 +78,22 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     export = actions.add_parser("export", help="write the storybook's stories in a format")
     export.add_argument("--stories", type=int, default=8)
     export.add_argument("--seed", type=int, default=0)
+    export.add_argument(
+        "--captions-only", action="store_true", help="describe the pictures, and draw none (jsonl, captions)"
+    )
     cache = actions.add_parser("cache", help="compute once what training needs of its pictures and captions")
     cache.add_argument("--out", type=Path, required=True, help="the cache's folder; what it has stays")
     cache.add_argument(
-        "--diffusion", type=Path, default=Path("storybook/diffusers"), help="whose latents and text encoder"
+        "--diffusion",
+        type=Path,
+        default=Path("storybook/diffusers"),
+        help="whose latents and text encoder: a folder, or for captions alone a checkpoint file",
     )
     cache.add_argument(
         "--diffusion-precision", default="float32", choices=("float32", "bf16"), help="as the recipe's"
     )
     cache.add_argument("--picture-size", type=int, default=0, help="as the recipe's: pixels, 0 is its own")
+    cache.add_argument("--tokenizer", default="", help="as the recipe's: of a --diffusion checkpoint file")
     cache.add_argument("--image-adapter", type=Path, help="caches image tokens too, as it makes them")
     cache.add_argument("--llm", type=Path, help="the image adapter's LLM; without one it is not loaded")
     existing = "the annotation file, or the folder"
@@ -107,14 +114,21 @@ def _data_cache(arguments: argparse.Namespace) -> int:
     from .feature_cache.build import cache_features
 
     parts = arguments.diffusion, arguments.llm, arguments.image_adapter
-    how = arguments.diffusion_precision, arguments.picture_size
-    return 0 if cache_features(arguments.path, arguments.layout, arguments.out, *parts, *how).pictures else 1
+    how = arguments.diffusion_precision, arguments.picture_size, arguments.tokenizer
+    built = cache_features(arguments.path, arguments.layout, arguments.out, *parts, *how)
+    return 0 if built.pictures or built.captions else 1
 
 
 def _data_export(arguments: argparse.Namespace) -> int:
     from .storybook.world.export import export_stories
 
-    path = export_stories(arguments.layout, arguments.stories, arguments.seed, arguments.path)
+    path = export_stories(
+        arguments.layout,
+        arguments.stories,
+        arguments.seed,
+        arguments.path,
+        captions_only=arguments.captions_only,
+    )
     print(f"{arguments.stories} stories: {path}")
     return 0
 
@@ -297,7 +311,7 @@ COMMANDS = {
     "storybook-bundle": (_bundle, "lay trained parts into the folder the main job loads, in half precision"),
 }
 
-LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog")
+LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog", "captions")
 DATA = {"check": _data_check, "cache": _data_cache, "export": _data_export}
 
 

@@ -24,6 +24,7 @@ class Found:
 
     rows: int = 0
     scenes: int = 0
+    described: int = 0  # pictures of which there is a caption alone
     broken: list[Broken] = field(default_factory=list)
     characters: list[int] = field(default_factory=list)
     scenes_of_a_row: Counter[int] = field(default_factory=Counter)
@@ -57,6 +58,7 @@ def _count(found: Found, row: Row) -> None:
         return
     found.rows += 1
     found.scenes += len(row.scenes)
+    found.described += sum(scene.described for scene in row.scenes)
     found.scenes_of_a_row[len(row.scenes)] += 1
     found.characters += [len(scene.text) for scene in row.scenes if scene.text]
     found.sizes.update(picture.size for picture in pictures)
@@ -72,6 +74,8 @@ def summary(found: Found, path: Path) -> str:
         lines.append(f"characters a text: {_spread(found.characters)}")
         sides = [min(size) for size in found.sizes.elements()]
         lines.append(f"pictures: {found.pictures}, shorter side in pixels: {_spread(sides)}")
+        if found.described:
+            lines.append(f"pictures that are only described: {found.described}")
     lines += [f"broken  {row.where}: {row.why}" for row in found.broken[:SHOWN_BROKEN]]
     if len(found.broken) > SHOWN_BROKEN:
         lines.append(f"... and {len(found.broken) - SHOWN_BROKEN} more broken rows")
@@ -95,6 +99,7 @@ def _write(found: Found, path: Path, out: Path) -> None:
         "rows": found.rows,
         "scenes": found.scenes,
         "pictures": found.pictures,
+        "described": found.described,
         "broken": [{"where": row.where, "why": row.why} for row in found.broken],
         "picture_sizes": [[*size, count] for size, count in found.sizes.most_common()],
     }

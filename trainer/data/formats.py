@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +12,13 @@ import ijson
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.inside import named_file
 
+from .captions import read_captions
 from .records import Broken, Picture, Record, Row, Scene
+from .rows import Trouble, json_of, lines_of, row_of, words_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 SPEAKERS = ("user", "assistant")
 Reader = Callable[[Path], Iterator[Row]]
-
-
-class _Trouble(Exception):
-    """What is wrong with a row, for `Broken.why`."""
 
 
 def read(path: Path, layout: str) -> Iterator[Row]:
@@ -38,89 +35,70 @@ def read(path: Path, layout: str) -> Iterator[Row]:
 
 def _picture(folder: Path, name: Any) -> Picture:
     if not isinstance(name, str) or not name:
-        raise _Trouble(f"its picture is {name!r}, expected a file name")
+        raise Trouble(f"its picture is {name!r}, expected a file name")
     try:
         path = named_file(folder, name)
         there = path.is_file()
     except BadInputError as error:
-        raise _Trouble(f"picture {error}") from error
+        raise Trouble(f"picture {error}") from error
     except OSError as error:  # no name at all, such as one of 300 letters
-        raise _Trouble(f"picture {name!r:.80} cannot be looked for: {error.strerror}") from error
+        raise Trouble(f"picture {name!r:.80} cannot be looked for: {error.strerror}") from error
     if not there:
-        raise _Trouble(f"picture {name} is missing")
+        raise Trouble(f"picture {name} is missing")
     return Picture(name, path)
-
-
-def _text(value: Any, what: str = "text") -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _Trouble(f"its {what} is {value!r}, expected words")
-    return value.strip()
-
-
-def _row(where: str, make: Callable[..., Record], *given: Any) -> Row:
-    """The record that `make` makes of what is given and `where`, or why there is none."""
-    try:
-        return make(*given, where)
-    except _Trouble as trouble:
-        return Broken(where, str(trouble))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(where, line) of a text file; a line that is not UTF-8 comes with replacement characters."""
-    if not path.is_file():
-        raise BadInputError(f"{path} is no file.")
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path.name}:{number}", line
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _Trouble(f"not valid JSON: {error}") from error
 
 
 # our own: interleaved JSON Lines
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """A story a line: `{"id": .., "items": [{"text": ..}, {"picture": ..}, ..]}`, see story.schema.json."""
-    for where, line in _lines(path):
-        yield _row(where, _interleaved, path.parent, line)
+    """A story a line: `{"id": .., "items": [{"text": ..}, {"picture": ..}, ..]}`, see story.schema.json.
+
+    `{"caption": ..}` stands for a picture that is only described.
+    """
+    for where, line in lines_of(path):
+        yield row_of(where, _interleaved, path.parent, line)
 
 
 def _interleaved(folder: Path, line: str, where: str) -> Record:
-    story = _json(line)
+    story = json_of(line)
     if not isinstance(story, dict) or not isinstance(story.get("items"), list) or not story["items"]:
-        raise _Trouble('expected {"id": .., "items": [..]} with at least one item')
+        raise Trouble('expected {"id": .., "items": [..]} with at least one item')
     scenes: list[Scene] = []
     for item in story["items"]:
         _check_item(item)
         if "text" in item:
-            scenes.append(Scene(_text(item["text"]), speaker=item.get("speaker", "assistant")))
+            scenes.append(Scene(words_of(item["text"]), speaker=item.get("speaker", "assistant")))
             continue
-        picture, caption = _picture(folder, item["picture"]), item.get("caption", "")
         speaker = item.get("speaker", scenes[-1].speaker if scenes else "assistant")
-        if scenes and scenes[-1].picture is None and scenes[-1].speaker == speaker:
-            scenes[-1] = Scene(scenes[-1].text, picture, caption, speaker)
-        else:
-            scenes.append(Scene("", picture, caption, speaker))
+        text = ""
+        if scenes and not scenes[-1].pictured and scenes[-1].speaker == speaker:
+            text = scenes.pop().text
+        scenes.append(_pictured(folder, item, text, speaker))
     return Record(str(story.get("id", where)), tuple(scenes), where)
 
 
+def _pictured(folder: Path, item: dict[str, Any], text: str, speaker: str) -> Scene:
+    """A text with the picture behind it, or with what its picture would show."""
+    if "picture" not in item:
+        return Scene(text, None, words_of(item["caption"], "caption"), speaker, described=True)
+    return Scene(text, _picture(folder, item["picture"]), item.get("caption", ""), speaker)
+
+
 def _check_item(item: Any) -> None:
-    if not isinstance(item, dict) or ("text" in item) == ("picture" in item):
-        raise _Trouble(f"item {item!r}: expected either text or picture")
+    kinds = {"text", "picture"} & set(item if isinstance(item, dict) else ())
+    if len(kinds) == 2 or not (kinds or isinstance(item, dict) and "caption" in item):
+        raise Trouble(
+            f"item {item!r}: expected either text or picture, or caption for one that is not at hand"
+        )
     if unknown := set(item) - {"text", "picture", "caption", "speaker"}:
-        raise _Trouble(
+        raise Trouble(
             f"item with unknown {', '.join(sorted(unknown))}; known: text, picture, caption, speaker"
         )
     if item.get("speaker", "assistant") not in SPEAKERS:
-        raise _Trouble(f"speaker {item['speaker']!r}: expected user or assistant")
+        raise Trouble(f"speaker {item['speaker']!r}: expected user or assistant")
     if not isinstance(item.get("caption", ""), str):
-        raise _Trouble(f"caption {item['caption']!r}: expected words")
+        raise Trouble(f"caption {item['caption']!r}: expected words")
 
 
 # captioned pictures
@@ -128,12 +106,12 @@ def _check_item(item: Any) -> None:
 
 def read_cc3m(path: Path) -> Iterator[Row]:
     """A tab-separated file with the columns `caption` and `image_path`."""
-    lines = _lines(path)
+    lines = lines_of(path)
     head = _cells(next(lines, ("", ""))[1])
     if missing := [name for name in ("caption", "image_path") if name not in head]:
         raise BadInputError(f"{path}: its first line is {head}, and has no column {', '.join(missing)}.")
     for where, line in lines:
-        yield _row(where, _table_row, path.parent, head, _cells(line))
+        yield row_of(where, _table_row, path.parent, head, _cells(line))
 
 
 def _cells(line: str) -> list[str]:
@@ -143,13 +121,13 @@ def _cells(line: str) -> list[str]:
 
 def _table_row(folder: Path, head: list[str], cells: list[str], where: str) -> Record:
     if len(cells) > len(head):  # a tab inside a caption would move the picture's name
-        raise _Trouble(f"it has {len(cells)} columns, expected {len(head)}")
+        raise Trouble(f"it has {len(cells)} columns, expected {len(head)}")
     row = dict(zip(head, cells + [""] * (len(head) - len(cells)), strict=True))
     return _captioned(folder, row["image_path"], row["caption"], where)
 
 
 def _captioned(folder: Path, name: Any, caption: Any, where: str) -> Record:
-    text = _text(caption, "caption")
+    text = words_of(caption, "caption")
     return Record(str(name), (Scene(text, _picture(folder, name)),), where)
 
 
@@ -167,35 +145,35 @@ def read_folder(path: Path) -> Iterator[Row]:
     else:
         for picture in sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES):
             name = picture.relative_to(path).as_posix()
-            yield _row(name, _with_text, path, picture)
+            yield row_of(name, _with_text, path, picture)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for where, line in _lines(path):
+    for where, line in lines_of(path):
         try:
-            yield where, _json(line)
-        except _Trouble as trouble:
+            yield where, json_of(line)
+        except Trouble as trouble:
             yield where, trouble
 
 
 def _metadata(folder: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[Row]:
     """Rows with `file_name`, and the caption as `text` or `caption`, as `datasets` has them."""
     for where, row in rows:
-        yield _row(where, _of_metadata, folder, row)
+        yield row_of(where, _of_metadata, folder, row)
 
 
 def _of_metadata(folder: Path, row: Any, where: str) -> Record:
-    if isinstance(row, _Trouble):
+    if isinstance(row, Trouble):
         raise row
     if not isinstance(row, dict) or "file_name" not in row:
-        raise _Trouble("expected file_name, and text or caption")
+        raise Trouble("expected file_name, and text or caption")
     return _captioned(folder, row["file_name"], row.get("text", row.get("caption")), where)
 
 
 def _with_text(folder: Path, picture: Path, where: str) -> Record:
     file = picture.with_suffix(".txt")
     if not file.is_file():
-        raise _Trouble(f"its caption {file.name} is missing")
+        raise Trouble(f"its caption {file.name} is missing")
     return _captioned(folder, where, file.read_text(encoding="utf-8", errors="replace"), where)
 
 
@@ -228,7 +206,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[Row]:
 
     members = tar_file_expander([{"url": shard.name, "stream": file}], handler=note)
     for sample in group_by_keys(members, handler=note):
-        yield _row(f"{shard.name}:{sample['__key__']}", _sample, sample)
+        yield row_of(f"{shard.name}:{sample['__key__']}", _sample, sample)
     for trouble in troubles:
         yield Broken(shard.name, f"the shard breaks off: {trouble}")
 
@@ -236,11 +214,11 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[Row]:
 def _sample(sample: dict[str, Any], where: str) -> Record:
     suffix = next((suffix[1:] for suffix in SUFFIXES if suffix[1:] in sample), None)
     if suffix is None:
-        raise _Trouble(f"it holds no picture ({', '.join(SUFFIXES)})")
+        raise Trouble(f"it holds no picture ({', '.join(SUFFIXES)})")
     picture = Picture(f"{sample['__key__']}.{suffix}", content=sample[suffix])
-    described = _json(sample["json"]) if "json" in sample else {}
+    described = json_of(sample["json"]) if "json" in sample else {}
     caption = sample["txt"].decode("utf-8", "replace") if "txt" in sample else described.get("caption")
-    return Record(sample["__key__"], (Scene(_text(caption, "caption"), picture),), where)
+    return Record(sample["__key__"], (Scene(words_of(caption, "caption"), picture),), where)
 
 
 # stories and dialogues
@@ -256,7 +234,7 @@ def read_vist(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         try:
             for key, rows in ijson.kvitems(file, "", use_float=True):
-                yield _row(f"{path.name}:{key}", _vist_story, path, key, rows, find)
+                yield row_of(f"{path.name}:{key}", _vist_story, path, key, rows, find)
                 last = key
         except ijson.JSONError as error:
             yield Broken(
@@ -292,30 +270,30 @@ def _files(mapping: Path) -> Callable[[str], str | None]:
 
 def _vist_story(path: Path, key: str, rows: Any, find: Callable[[str], str | None], where: str) -> Record:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise _Trouble("expected a list of {caption, image_id, sequence_index}")
+        raise Trouble("expected a list of {caption, image_id, sequence_index}")
     scenes = []
     for row in sorted(rows, key=lambda row: row.get("sequence_index", 0)):
         if (name := find(identity := str(row.get("image_id")))) is None:
-            raise _Trouble(f"image id {identity} has no file in the mapping")
-        scenes.append(Scene(_text(row.get("caption"), "caption"), _picture(path.parent, name)))
+            raise Trouble(f"image id {identity} has no file in the mapping")
+        scenes.append(Scene(words_of(row.get("caption"), "caption"), _picture(path.parent, name)))
     return Record(key, tuple(scenes), where)
 
 
 def read_mmdialog(path: Path) -> Iterator[Row]:
     """MMDialog: a conversation a line, its pictures ID.jpg in the file's folder; the first to speak is the user."""
-    for where, line in _lines(path):
-        yield _row(where, _conversation, path.parent, line)
+    for where, line in lines_of(path):
+        yield row_of(where, _conversation, path.parent, line)
 
 
 def _conversation(folder: Path, line: str, where: str) -> Record:
-    dialogue = _json(line)
+    dialogue = json_of(line)
     if not isinstance(dialogue, dict) or not isinstance(dialogue.get("conversation"), list):
-        raise _Trouble('expected {"conversation_id": .., "conversation": [..]}')
+        raise Trouble('expected {"conversation_id": .., "conversation": [..]}')
     scenes: list[Scene] = []
     for number, turn in enumerate(dialogue["conversation"]):
         scenes += _said(folder, turn, SPEAKERS[number % 2])
     if not scenes:
-        raise _Trouble("the conversation is empty")
+        raise Trouble("the conversation is empty")
     return Record(str(dialogue.get("conversation_id", where)), tuple(scenes), where)
 
 
@@ -323,11 +301,11 @@ def _said(folder: Path, turn: Any, speaker: str) -> list[Scene]:
     """One turn: its texts as one, and a scene for each picture, the first of which stands behind the text."""
     parts = turn.get("turn") if isinstance(turn, dict) else None
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-        raise _Trouble('expected turns as {"turn": [{"__TEXT__": ..}, {"__MEDIA__": ..}]}')
+        raise Trouble('expected turns as {"turn": [{"__TEXT__": ..}, {"__MEDIA__": ..}]}')
     text = " ".join(str(part["__TEXT__"]).strip() for part in parts if "__TEXT__" in part).strip()
     pictures = [_picture(folder, f"{part['__MEDIA__']}.jpg") for part in parts if "__MEDIA__" in part]
     if not text and not pictures:
-        raise _Trouble("a turn is empty")
+        raise Trouble("a turn is empty")
     first, rest = (pictures[0], pictures[1:]) if pictures else (None, [])
     return [Scene(text, first, speaker=speaker), *(Scene("", each, speaker=speaker) for each in rest)]
 
@@ -339,6 +317,7 @@ FORMATS: dict[str, Reader] = {
     "webdataset": read_webdataset,
     "vist": read_vist,
     "mmdialog": read_mmdialog,
+    "captions": read_captions,
 }
 WANTED = {
     "folder": "Give a folder of pictures, each with its caption in a .txt of the same name.",
@@ -347,4 +326,14 @@ WANTED = {
     "webdataset": "Give a .tar shard, or a folder of shards.",
     "vist": "Give SPLIT_cleaned.json, with SPLIT_image_mapping.json and the pictures beside it.",
     "mmdialog": "Give conversations.jsonl, with its pictures beside it.",
+    "captions": "Give a .txt with a caption a line, or a .csv, .tsv, .jsonl or .parquet with a column caption, text or "
+    "prompt.",
 }
+
+
+def holds_pictures(path: Path, layout: str) -> bool:
+    """Whether there is a picture file in a data set, whose usable rows may have them described at best.
+
+    Reads as far as the first one; BadInputError when there is nothing to read.
+    """
+    return any(isinstance(row, Record) and row.pictures for row in read(path, layout))

@@ -20,6 +20,7 @@ from .stream import Stream
 from .tasks import TASKS, Task, Tools
 
 PREVIEWED_CAPTIONS, PREVIEWED_STORIES, PREVIEWED_SCENES = 8, 2, 4
+ENOUGH_TRIED = 1000  # records in a row that no task has a use for
 
 
 class RecordSource:
@@ -71,6 +72,7 @@ class RecordSource:
 
     def _next_example(self, rng: random.Random) -> tuple[list[Turn], list[Scene], random.Random]:
         """The next record that its task has a use for, as turns whose pictures are not decoded yet."""
+        begun, tried = self.stream.epoch, 0
         while True:
             record, own = next(self.records), random.Random(new_seed(rng))
             names = list(self.tasks)
@@ -81,7 +83,18 @@ class RecordSource:
             )
             if made is not None:
                 return *made, own
-            self.unused += 1
+            self.unused, tried = self.unused + 1, tried + 1
+            if (
+                tried >= ENOUGH_TRIED and self.stream.epoch > begun + 1
+            ):  # a whole epoch, and many draws of a task
+                raise BadInputError(self._nothing_to_draw())
+
+    def _nothing_to_draw(self) -> str:
+        return (
+            f"{self.stream.path}: the tasks {', '.join(self.tasks)} have no use for any of its records. Pictures are "
+            'asked for where the data has one, or describes one (jsonl: {"caption": ..}). python -m trainer data check '
+            f"{self.stream.path} --format {self.stream.layout} says what there is; set other tasks."
+        )
 
     def _decode(self, turns: list[Turn], scenes: list[Scene], own: random.Random) -> Example:
         seen = [
@@ -97,12 +110,12 @@ class RecordSource:
         return self.llm.see(picture_tensor(picture.open())) if kept is None else kept
 
     def _target(self, scene: Scene, seed: int) -> PictureTarget:
-        """With the picture decoded, or its latents: a broken one is found out here."""
-        picture = scene.picture
-        assert picture is not None
+        """With the picture decoded, or its latents: a broken one is found out here. A described one has neither."""
+        if (picture := scene.picture) is None:
+            return PictureTarget(scene.shown, None, seed)
         latents = self.features.latents(picture) if self.features else None
         image = picture.open() if latents is None else None
-        return PictureTarget(scene.caption or scene.text, lambda own: image or picture.open(), seed, latents)
+        return PictureTarget(scene.shown, lambda own: image or picture.open(), seed, latents)
 
     def captions(self, count: int) -> list[str]:
         """Those of the first records of an epoch."""
@@ -124,7 +137,7 @@ class RecordSource:
         if not self.previews_stories:
             captions = (text for record in rows for text in _captions(record))
             return [[Turn(text, "")] for text in islice(captions, PREVIEWED_CAPTIONS)]
-        stories = ([Turn(NEXT, s.text) for s in row.scenes if s.picture and s.text] for row in rows)
+        stories = ([Turn(NEXT, s.text) for s in row.scenes if s.pictured and s.text] for row in rows)
         found = islice((turns for turns in stories if turns), PREVIEWED_STORIES)
         return [turns[:PREVIEWED_SCENES] for turns in found]
 
@@ -141,4 +154,4 @@ class RecordSource:
 
 def _captions(record: Record) -> list[str]:
     """What the record's pictures show, for those of which it is known."""
-    return [text for scene in record.scenes if scene.picture and (text := scene.caption or scene.text)]
+    return [scene.shown for scene in record.scenes if scene.pictured and scene.shown]

@@ -44,13 +44,25 @@ class BrokenPicture(Exception):
 class Scene:
     """One text with the picture behind it. `speaker` is "assistant" where a text is told, "user" where it is asked.
 
-    `caption` says what the picture shows, where the data says more than the text.
+    `caption` says what the picture shows, where the data says more than the text. A picture that is only `described`
+    belongs there and is not at hand: `picture` is None.
     """
 
     text: str
     picture: Picture | None = None
     caption: str = ""
     speaker: str = "assistant"
+    described: bool = False
+
+    @property
+    def pictured(self) -> bool:
+        """Whether a picture belongs behind the text, at hand or described."""
+        return self.picture is not None or self.described
+
+    @property
+    def shown(self) -> str:
+        """What its picture shows, as far as the data says it."""
+        return self.caption or self.text
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ class Record:
 
     @property
     def pictures(self) -> list[Picture]:
-        """All its pictures, in order."""
+        """All its pictures that are at hand, in order."""
         return [scene.picture for scene in self.scenes if scene.picture is not None]
 
 

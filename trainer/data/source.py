@@ -1,6 +1,6 @@
 """What ties a training stage to its data: examples, what their pictures should show, and where both come from.
 
-A stage knows a `DataSource` and nothing else of its data. The six formats are one (`record_source.RecordSource`), the
+A stage knows a `DataSource` and nothing else of its data. The formats are one (`record_source.RecordSource`), the
 storybook's world is another (`trainer/storybook/world/source.py`); your own is a class with these few methods.
 """
 
@@ -36,7 +36,8 @@ WHOLE = Shard()
 
 @dataclass(frozen=True)
 class PictureTarget:
-    """What a picture should show: its full caption, and the picture itself, which may be drawn anew each time.
+    """What a picture should show: its full caption, and the picture itself, which may be drawn anew each time; None for
+    a picture that is only described.
 
     Everything random about it in a step (drawing, noise, timestep, dropout) follows from `seed`, so that it does not
     matter beside which others it stands, or in which process. `latents` (C, h, w) are the picture's, where a feature
@@ -44,9 +45,14 @@ class PictureTarget:
     """
 
     caption: str
-    image: Callable[[random.Random], Image.Image]
+    image: Callable[[random.Random], Image.Image] | None
     seed: int = 0
     latents: Tensor | None = None
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether there is a picture, and not its caption alone."""
+        return self.image is not None or self.latents is not None
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,11 @@ Made = tuple[list[Turn], list[Scene]]
 
 def caption(record: Record, tools: Tools) -> Made | None:
     """A caption by itself, and its picture: stage 1."""
-    pictured = [scene for scene in record.scenes if scene.picture and (scene.caption or scene.text)]
+    pictured = [scene for scene in record.scenes if scene.pictured and scene.shown]
     if not pictured:
         return None
     scene = tools.rng.choice(pictured)
-    words = " ".join((tools.wording(""), scene.caption or scene.text)).strip()
+    words = " ".join((tools.wording(""), scene.shown)).strip()
     return [Turn(words, "")], [scene]
 
 
@@ -66,8 +66,8 @@ def story(record: Record, tools: Tools) -> Made | None:
             continue
         request = asked or (NEXT if turns else tools.wording(NEXT))
         shown = tools.see(scene.picture) if scene.picture and tools.feed_back else None
-        turns.append(Turn(request, scene.text, picture=scene.picture is not None, image_tokens=shown))
-        drawn += [scene] if scene.picture else []
+        turns.append(Turn(request, scene.text, picture=scene.pictured, image_tokens=shown))
+        drawn += [scene] if scene.pictured else []
         asked = ""
     return (turns, drawn) if drawn else None
 
@@ -93,7 +93,7 @@ def text_and_picture(record: Record, tools: Tools) -> Made | None:
 
 def understanding(record: Record, tools: Tools) -> Made | None:
     """The scenes so far and the next one's picture: its text is asked for."""
-    index = _chosen(record, tools, first=1)
+    index = _chosen(record, tools, first=1, at_hand=True)
     if index is None:
         return None
     scene = record.scenes[index]
@@ -105,7 +105,7 @@ def understanding(record: Record, tools: Tools) -> Made | None:
 
 def next_turn(record: Record, tools: Tools) -> Made | None:
     """A dialogue up to one of its turns, which is answered by its speaker; either speaker's turns are learned."""
-    places = [i for i, scene in enumerate(record.scenes) if i and (scene.text or scene.picture)]
+    places = [i for i, scene in enumerate(record.scenes) if i and (scene.text or scene.pictured)]
     if not places:
         return None
     index = tools.rng.choice(places)
@@ -120,13 +120,17 @@ def next_turn(record: Record, tools: Tools) -> Made | None:
         else:
             turns += _given(Scene("", scene.picture), tools)
             asked = f"{asked} {scene.text}".strip()
-    turns.append(Turn(asked or tools.wording(NEXT), answer.text, picture=answer.picture is not None))
-    return turns, [answer] if answer.picture else []
+    turns.append(Turn(asked or tools.wording(NEXT), answer.text, picture=answer.pictured))
+    return turns, [answer] if answer.pictured else []
 
 
-def _chosen(record: Record, tools: Tools, first: int) -> int | None:
-    """One of the scenes with text and picture, from the `first` on."""
-    places = [i for i, scene in enumerate(record.scenes) if i >= first and scene.picture and scene.text]
+def _chosen(record: Record, tools: Tools, first: int, at_hand: bool = False) -> int | None:
+    """One of the scenes with text and picture, from the `first` on; `at_hand`: with a picture that can be shown."""
+    places = [
+        i
+        for i, scene in enumerate(record.scenes)
+        if i >= first and scene.text and (scene.picture if at_hand else scene.pictured)
+    ]
     return tools.rng.choice(places) if places else None
 
 

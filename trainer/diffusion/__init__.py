@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from minigpt5_core.conditioning.diffusion_families import DIFFUSION_FAMILIES, DiffusionFamily, family_of
 from minigpt5_core.diffusion import load_diffusion
@@ -15,6 +16,7 @@ from minigpt5_core.errors import BadInputError
 from ..data.source import Features
 from .base import FrozenDiffusion
 from .picture_size import check_picture_size
+from .text_encoders import lacks_a_denoiser, text_pipeline
 from .text_targets import TextTargets
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "FrozenDiffusion",
     "TextTargets",
     "check_picture_size",
+    "lacks_a_denoiser",
     "load_frozen_diffusion",
+    "load_text_encoders",
     "training_class",
 ]
 
@@ -46,8 +50,22 @@ def load_frozen_diffusion(folder: Path, precision: str = "float32", picture_size
             f"{folder} holds a {type(pipeline).__name__}; mappers are trained for "
             f"{', '.join(known)}. Set diffusion to one of these."
         )
+    _freeze(pipeline)
+    pipeline.vae.enable_slicing()  # a batch of large pictures at once would need more than training does
+    return training_class(family)(pipeline, picture_size)
+
+
+def load_text_encoders(given: Path, precision: str = "float32", tokenizer: str = "") -> FrozenDiffusion:
+    """The text encoders alone of a diffusers folder or a checkpoint file, frozen; a model that does not draw.
+
+    `tokenizer` is the folder of a checkpoint file's CLIP tokenizer (empty: looked for). BadInputError as above.
+    """
+    family, pipeline = text_pipeline(given, precision, tokenizer)
+    _freeze(pipeline)
+    return training_class(family)(pipeline)
+
+
+def _freeze(pipeline: DiffusionPipeline) -> None:
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.requires_grad_(False)
-    pipeline.vae.enable_slicing()  # a batch of large pictures at once would need more than training does
-    return training_class(family)(pipeline, picture_size)

@@ -1,12 +1,13 @@
 """What every family's frozen model does in training, and what a family has to say of itself."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigpt5_core.conditioning import Conditioning
 from minigpt5_core.diffusion import prompt_arguments
@@ -17,8 +18,17 @@ from ..data.source import Features
 from .picture_size import check_picture_size
 
 
+@dataclass(frozen=True)
+class Unloaded:
+    """What a denoiser that is not loaded says of itself."""
+
+    config: Any
+
+
 class FrozenDiffusion:
     """A frozen pipeline, on its device and in its precision, float32 or bf16; losses are in float32 all the same.
+
+    Of a pipeline without denoiser and VAE there are its text encoders' answers alone: it does not draw.
 
     `features` are asked before it answers. `picture_size` is that of the pictures it is trained with, in pixels (0: its
     own); BadInputError for one that it cannot take.
@@ -47,6 +57,11 @@ class FrozenDiffusion:
     def denoiser(self) -> Any:
         """The part that predicts noise or velocity."""
         return self.pipeline.unet
+
+    @property
+    def draws(self) -> bool:
+        """Whether denoiser and VAE are there, so that there are latents, the diffusion loss, and pictures."""
+        return isinstance(self.denoiser, nn.Module) and self.pipeline.vae is not None
 
     @property
     def side(self) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.conditioning import Conditioning, Space
+from minigpt5_core.diffusion import space_of, space_of_widths
 from minigpt5_core.losses import Statistics, caption_loss
 
 from .base import FrozenDiffusion
@@ -23,6 +24,14 @@ class TextTargets:
                 pooled.add(answer.pooled[:, None])
         self.mean, self.std = tokens.mean, tokens.std
         self.pooled_std = pooled.std if diffusion.pools else None
+
+    def space(self, default: Space) -> Space:
+        """What the diffusion model takes; of one that does not draw, what its text encoders answer."""
+        pipeline = self.diffusion.pipeline
+        if self.diffusion.draws:
+            return space_of(pipeline, default)
+        widths = self.mean.shape[-1], None if self.pooled_std is None else self.pooled_std.shape[-1]
+        return space_of_widths(widths, default, type(pipeline).__name__)
 
     def loss(self, answer: Conditioning, texts: Sequence[str], standardised: bool) -> Tensor:
         """The distance of the mapper's answer from theirs, tokens and pooled counted alike."""

@@ -22,6 +22,8 @@ class Sd(FrozenDiffusion):
 
     def __init__(self, pipeline: DiffusionPipeline, picture_size: int = 0) -> None:
         super().__init__(pipeline, picture_size)
+        if not self.draws:
+            return
         pipeline.safety_checker = None  # not asked in training, and larger than SD 1.5's text encoder
         self.noise = DDPMScheduler.from_config(pipeline.scheduler.config)
         kind = self.noise.config.prediction_type

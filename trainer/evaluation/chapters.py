@@ -29,7 +29,8 @@ class Chapter:
 
 
 def held_records(path: Path, layout: str, count: int) -> list[Record]:
-    """The first `count` records that are whole, with a scene that has a picture; the others are counted and said."""
+    """The first `count` records that are whole, with a scene that has a picture, at hand or described; the others are
+    counted and said."""
     found: list[Record] = []
     left_out = 0
     for row in read(path, layout):
@@ -43,15 +44,18 @@ def held_records(path: Path, layout: str, count: int) -> list[Record]:
         print(f"{left_out} rows of {path} are broken or without a picture, and left out")
     if not found:
         raise BadInputError(f"{path}: not one row can be evaluated. python -m trainer data check says why.")
+    if not any(record.pictures for record in found):
+        print(f"{path} describes its pictures: there are no scores that compare with true pictures")
     return found
 
 
 def _usable(record: Record) -> bool:
     try:
-        pictures = [picture.open() for picture in record.pictures]
+        for picture in record.pictures:
+            picture.open()
     except BrokenPicture:
         return False
-    return bool(pictures) and any(scene.picture and scene.speaker == "assistant" for scene in record.scenes)
+    return any(scene.pictured and scene.speaker == "assistant" for scene in record.scenes)
 
 
 def chapters(teller: StoryTeller, record: Record) -> list[Chapter]:
@@ -66,7 +70,7 @@ def chapters(teller: StoryTeller, record: Record) -> list[Chapter]:
         request = asked or NEXT
         found.append(Chapter(list(turns), request, scene))
         shown = teller.llm.see(picture_tensor(scene.picture.open())) if scene.picture else None
-        turns.append(Turn(request, scene.text, picture=scene.picture is not None, image_tokens=shown))
+        turns.append(Turn(request, scene.text, picture=scene.pictured, image_tokens=shown))
         asked = ""
     return found
 

@@ -101,6 +101,11 @@ def evaluate(recipe: EvaluateRecipe, out: Path) -> dict:
         raise BadInputError(
             "data is not set. Give the data set's file or folder: --data PATH --format FORMAT."
         )
+    if recipe.format == "captions" and recipe.write:
+        raise BadInputError(
+            f"{recipe.data} holds captions, and no story to go on with. Set write=false: each caption is then "
+            "given, and its picture drawn."
+        )
     processes = start_processes()
     records = held_records(Path(recipe.data), recipe.format, recipe.stories)
     teller = load_teller(recipe)

@@ -59,7 +59,7 @@ def _told_stories(
 
 
 def _true_scene(scene: Scene) -> ScoredScene:
-    return ScoredScene(scene.text, scene.picture.open() if scene.picture else None)
+    return ScoredScene(scene.text, scene.picture.open() if scene.picture else None, scene.described)
 
 
 def _row(

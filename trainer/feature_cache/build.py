@@ -21,9 +21,9 @@ from minigpt5_core.vision import picture_tensor
 from ..common.images import center_crop
 from ..common.progress import TrainingError, interrupts
 from ..data.check import SHOWN_BROKEN
-from ..data.formats import read
+from ..data.formats import holds_pictures, read
 from ..data.records import Broken, BrokenPicture, Picture, Row
-from ..diffusion import FrozenDiffusion, load_frozen_diffusion
+from ..diffusion import FrozenDiffusion, lacks_a_denoiser, load_frozen_diffusion, load_text_encoders
 from .cache import FeatureCache, FeatureKeys
 
 MOST_BYTES, MOST_VALUES = 64 * 2**20, 4096  # a shard
@@ -56,13 +56,14 @@ def cache_features(
     image_adapter: Path | None = None,
     precision: str = "float32",
     picture_size: int = 0,
+    tokenizer: str = "",
 ) -> Built:
     """Caches the data set at `path` in the folder `out`, and prints a report.
 
     Latents and targets are those of the model in `diffusion`, held in `precision`, for pictures of `picture_size`; with
     the `image_adapter` also the image tokens, for the LLM in `llm` (None: the default one), which is loaded for
-    nothing else. BadInputError for data, models or a folder that cannot be used; TrainingError when a shard cannot be
-    written.
+    nothing else. Where data or model have no pictures there are targets alone, with `tokenizer` as in a recipe.
+    BadInputError for data, models or a folder that cannot be used; TrainingError when a shard cannot be written.
     """
     read(path, layout)  # says what is wrong with the path before any model is loaded
     try:
@@ -70,8 +71,11 @@ def cache_features(
     except OSError as error:
         raise BadInputError(f"No folder can be made at {out}: {error}. Name another for --out.") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    frozen = load_frozen_diffusion(diffusion, precision, picture_size).to(device)
-    built = fill(path, layout, out, frozen, load_seeing(llm, image_adapter, device))
+    if lacks_a_denoiser(diffusion) or not holds_pictures(path, layout):
+        frozen = load_text_encoders(diffusion, precision, tokenizer)
+    else:
+        frozen = load_frozen_diffusion(diffusion, precision, picture_size)
+    built = fill(path, layout, out, frozen.to(device), load_seeing(llm, image_adapter, device))
     print(summary(built, path, out))
     return built
 
@@ -135,20 +139,22 @@ class Filling:
             raise interrupted[0]
 
     def add(self, row: Row) -> None:
-        """All pictures of a row and their captions. A broken picture is named; those beside it are cached."""
+        """All pictures of a row and their captions, also of those that are only described. A broken picture is named;
+        those beside it are cached."""
         if isinstance(row, Broken):
             self.built.broken.append(row)
             return
         for scene in row.scenes:
-            if scene.picture is None:
+            if not scene.pictured:
                 continue
             try:
-                self._picture(_held(scene.picture))
+                if scene.picture is not None:
+                    self._picture(_held(scene.picture))
             except BrokenPicture as error:
                 self.built.broken.append(Broken(row.where, str(error)))
                 continue
-            if caption := scene.caption or scene.text:
-                self._caption(caption)
+            if scene.shown:
+                self._caption(scene.shown)
                 self.built.captions += 1
 
     def finish(self) -> None:
@@ -163,11 +169,11 @@ class Filling:
         needed = {key for key in (latents, tokens) if key is not None and self._lacks(key)}
         if needed:
             image = picture.open()
-            if latents in needed:
+            if latents is not None and latents in needed:
                 self._keep(latents, self._latents(image))
             if tokens is not None and tokens in needed:
                 self._keep(tokens, self._tokens(image))
-        self.seen |= {latents} if tokens is None else {latents, tokens}
+        self.seen |= {key for key in (latents, tokens) if key is not None}
         self.built.pictures += 1
 
     def _caption(self, caption: str) -> None:
@@ -241,6 +247,6 @@ def summary(built: Built, path: Path, out: Path) -> str:
     lines += [f"broken  {row.where}: {row.why}" for row in built.broken[:SHOWN_BROKEN]]
     if len(built.broken) > SHOWN_BROKEN:
         lines.append(f"... and {len(built.broken) - SHOWN_BROKEN} more broken rows or pictures")
-    if not built.pictures:
+    if not (built.pictures or built.captions):
         lines.append("Nothing here can be trained on.")
     return "\n".join(lines)

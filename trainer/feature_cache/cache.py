@@ -120,15 +120,18 @@ class FeatureKeys:
 
     def __init__(self, diffusion: FrozenDiffusion, llm: FrozenLLM | None = None) -> None:
         self.token_ids = diffusion.token_ids
-        self.pools, self.side = diffusion.pools, diffusion.side
-        vae = diffusion.pipeline.vae
-        self.vae = fingerprint(vae, dict(vae.config))
+        self.pools, self.vae = diffusion.pools, None
+        if diffusion.draws:
+            self.side, vae = diffusion.side, diffusion.pipeline.vae
+            self.vae = fingerprint(vae, dict(vae.config))
         encoders = [fingerprint(part, part.config.to_dict()) for part in diffusion.text_encoders()]
         self.text_encoder = " ".join([*encoders, *filter(None, [diffusion.answer_settings])])
         self.vision = None if llm is None else _vision_fingerprint(llm)
 
-    def latents(self, picture: Picture) -> str:
-        """BrokenPicture when its file cannot be read."""
+    def latents(self, picture: Picture) -> str | None:
+        """None for a model that does not draw; BrokenPicture when the picture's file cannot be read."""
+        if self.vae is None:
+            return None
         return picture_key("latents", self.vae, f"middle square of {self.side} pixels, mode", picture)
 
     def image_tokens(self, picture: Picture) -> str | None:

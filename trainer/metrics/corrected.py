@@ -44,9 +44,10 @@ def correct_scores(told: Encoded) -> dict[str, Score]:
 
 
 def shares(told: Encoded) -> dict[str, Callable[[], Score]]:
-    """Of the scenes that have a true picture, the share without a drawn one; of the others, the share with one."""
-    abstained = np.where(told.wanted, ~told.drawn, np.nan)
-    spurious = np.where(told.wanted, np.nan, told.drawn)
+    """Of the scenes that have a true picture, at hand or described, the share without a drawn one; of the others, the
+    share with one."""
+    abstained = np.where(told.asked, ~told.drawn, np.nan)
+    spurious = np.where(told.asked, np.nan, told.drawn)
     return {
         "abstained": lambda: by_scene(abstained, told.groups),
         "spurious": lambda: by_scene(spurious, told.groups),
@@ -68,7 +69,7 @@ def pooled(score: Interval | None, note: str = "") -> Score:
 
 def _of_pictures(told: Encoded, true: np.ndarray, drawn: np.ndarray) -> Score:
     """Mean cosine over the scenes whose true picture (or text) is there, 0 where nothing was drawn."""
-    asked = told.wanted & ~np.isnan(true[:, 0])
+    asked = told.asked & ~np.isnan(true[:, 0])
     values = np.where(told.drawn, cosines(true, drawn), 0.0)
     return by_scene(np.where(asked, values, np.nan), told.groups)
 

@@ -37,6 +37,7 @@ class Encoded:
         self.has_text = np.array([bool(text) for text in self.true_texts])
         self.told = np.array([bool(text) for text in self.told_texts])
         self.wanted = np.array([picture is not None for picture in self.true_pictures])
+        self.asked = self.wanted | np.array([scene.described for scene in true])  # or described
         self.drawn = np.array([picture is not None for picture in self.drawn_pictures])
 
     @cached_property

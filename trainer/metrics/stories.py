@@ -14,10 +14,11 @@ from .weights import NotAvailableError
 
 
 class Scene(NamedTuple):
-    """A text (empty where there is none) and a picture."""
+    """A text (empty where there is none) and a picture; a true one may be only `described`, and be None."""
 
     text: str
     picture: Image.Image | None = None
+    described: bool = False
 
 
 @dataclass(frozen=True)

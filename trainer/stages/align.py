@@ -20,6 +20,7 @@ from ..training.batchers import Batcher, PrefilledBatcher, SequenceBatcher
 from ..training.checkpoint import Run, start_accelerator
 from ..training.config import DataConfig, StageRecipe
 from ..training.loop import TrainableModules, TrainLoop, train
+from ..training.pictures import as_pictures_allow
 from ..training.previews import preview_with
 from ..training.setup import LoadDiffusion, Setup, set_up
 
@@ -66,6 +67,7 @@ def train_align(
     def adapt_llm(llm: FrozenLLM, folder: Path) -> tuple[FrozenLLM, PeftModel]:
         return freeze_all_but_vokens(*adapt(llm, start_from, with_voken_rows))
 
+    recipe, load_diffusion = as_pictures_allow(recipe, load_diffusion)
     run = Run(recipe, out, start_accelerator(recipe, out), resume)
     setup = set_up(recipe, run, adapt_llm, open_source, start_from, load_diffusion)
     assert setup.adapted is not None

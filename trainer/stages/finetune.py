@@ -22,6 +22,7 @@ from ..training.batchers import SequenceBatcher
 from ..training.checkpoint import Run, start_accelerator
 from ..training.config import DataConfig, ModelConfig, OptimConfig, StageRecipe, one_of
 from ..training.loop import Batch, TrainableModules, TrainLoop, train
+from ..training.pictures import as_pictures_allow
 from ..training.previews import preview_with
 from ..training.setup import LoadDiffusion, set_up
 
@@ -130,6 +131,7 @@ def train_finetune(
             llm = load_vision(llm, folder, chosen=Path(recipe.model.image_adapter))
         return adapt(llm, start_from, lambda llm: with_adapter(llm, recipe.model))
 
+    recipe, load_diffusion = as_pictures_allow(recipe, load_diffusion)
     run = Run(recipe, out, start_accelerator(recipe, out), resume)
     setup = set_up(recipe, run, adapt_llm, open_source, start_from, load_diffusion)
     assert setup.adapted is not None

@@ -28,6 +28,7 @@ from ..training.build_mapper import scale_to
 from ..training.checkpoint import Run, start_accelerator
 from ..training.config import DataConfig, ModelConfig, StageRecipe
 from ..training.loop import Batch, Losses, TrainableModules, TrainLoop, train
+from ..training.pictures import as_pictures_allow
 from ..training.setup import LoadDiffusion, Setup, set_up, step_rng
 
 READ_AT_ONCE = 4  # sequences in one forward of the LLM
@@ -118,7 +119,7 @@ class StateBatcher:
     def _batch(self, rows: list[tuple[int, int]], uses_diffusion_loss: bool) -> Batch:
         states = self.known.states[[row for row, _ in rows]].float()
         targets = [replace(self.known.targets[row], seed=seed) for row, seed in rows]
-        counts = self.setup.picture_losses.counts(len(targets), uses_diffusion_loss)
+        counts = self.setup.picture_losses.counts(targets, uses_diffusion_loss)
         return Batch((states, targets, uses_diffusion_loss), counts)
 
     def losses(self, inputs: Any) -> Losses:
@@ -143,6 +144,7 @@ def train_mapper(
             llm = load_vision(llm, folder, chosen=Path(recipe.model.image_adapter))
         return llm, None
 
+    recipe, load_diffusion = as_pictures_allow(recipe, load_diffusion)
     run = Run(recipe, out, start_accelerator(recipe, out), resume)
     earlier = None if recipe.model.fresh else start_from
     setup = set_up(recipe, run, adapt_llm, open_source, earlier, load_diffusion)

@@ -57,7 +57,7 @@ class SequenceBatcher:
         }
         targets = [target for some in examples.values() for one in some for target in one.targets]
         inputs = TextBatch(sequences, targets, uses_diffusion_loss)
-        pictures = self.setup.picture_losses.counts(len(targets), uses_diffusion_loss)
+        pictures = self.setup.picture_losses.counts(targets, uses_diffusion_loss)
         return Batch(inputs, inputs.counts() | pictures)
 
     def losses(self, inputs: TextBatch) -> Losses:
@@ -93,7 +93,7 @@ class PrefilledBatcher:
 
     def _batch(self, pairs: list[tuple[PrefilledContext, PictureTarget]], uses_diffusion_loss: bool) -> Batch:
         contexts, targets = [context for context, _ in pairs], [target for _, target in pairs]
-        pictures = self.setup.picture_losses.counts(len(targets), uses_diffusion_loss)
+        pictures = self.setup.picture_losses.counts(targets, uses_diffusion_loss)
         return Batch(BlockBatch(contexts, targets, uses_diffusion_loss), {"text": len(pairs)} | pictures)
 
     def losses(self, inputs: BlockBatch) -> Losses:

@@ -13,7 +13,6 @@ from minigpt5_core.conditioning.mapper import (
     reference_config,
 )
 from minigpt5_core.conditioning.mapper_file import load_mapper
-from minigpt5_core.diffusion import space_of
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
 
@@ -34,7 +33,7 @@ def new_mapper(recipe: StageRecipe, llm: FrozenLLM, targets: TextTargets) -> Map
     if model.mapper not in CONFIGS:
         raise BadInputError(f"Unknown mapper {model.mapper!r}. Known: {', '.join(CONFIGS)}.")
     space = mapper_space(model)
-    check_space(space, space_of(targets.diffusion.pipeline, space))
+    check_space(space, targets.space(space))
     mapper = build_mapper(CONFIGS[model.mapper](space, llm.width, model.vokens))
     if model.tokens != len(targets.mean) and recipe.loss.caption_weight:
         raise BadInputError(
@@ -57,8 +56,11 @@ def mapper_space(model: ModelConfig) -> Space:
     return replace(SPACES[model.space], tokens=model.tokens)
 
 
-def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
-    """An earlier run's mapper; BadInputError when it is for another space, LLM width or number of vokens or tokens."""
+def earlier_mapper(
+    recipe: StageRecipe, llm: FrozenLLM, start: Path, targets: TextTargets | None = None
+) -> Mapper:
+    """An earlier run's mapper; BadInputError when it is for another space, LLM width or number of vokens or tokens, or
+    for another diffusion model than the one of the `targets`."""
     mapper, header = load_mapper(start / "mapper.safetensors")
     found = (header.space.name, header.llm_width, mapper.config.vokens, mapper.config.tokens)
     expected = (recipe.model.space, llm.width, recipe.model.vokens, recipe.model.tokens)
@@ -67,4 +69,6 @@ def earlier_mapper(recipe: StageRecipe, llm: FrozenLLM, start: Path) -> Mapper:
             f"--from {start}: its mapper is for space, LLM width, vokens and tokens {found}; the recipe says "
             f"{expected}. Give a run of the same settings."
         )
+    if targets is not None:
+        check_space(header.space, targets.space(header.space))
     return mapper.train()

@@ -27,13 +27,19 @@ def at_least_one(table: Any, *names: str) -> None:
             raise BadInputError(f"{name} is {getattr(table, name)}; it must be 1 or more.")
 
 
+class Unasked(float):
+    """A default that gives way where it cannot be had; a value that somebody gave is an order."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The frozen models, and the mapper between them.
 
     `llm` is a Hugging Face folder or GGUF file (empty: the default LLM), `llm_precision` how its weights are held:
     "float32", "bf16", or "4bit" (NF4, needs bitsandbytes); `shard_llm` spreads its layers over the processes (FSDP).
-    `diffusion` is a diffusers folder, `diffusion_precision` "float32" or "bf16"; losses are in float32 all the same.
+    `diffusion` is a diffusers folder, of which text encoders and tokenizers are enough where there are no pictures; or
+    for these a checkpoint file (.safetensors) of SD 1.5, SD 2.x or SDXL, with the folder of its CLIP `tokenizer`
+    (empty: looked for). `diffusion_precision` is "float32" or "bf16"; losses are in float32 all the same.
     `picture_size` is the side of the pictures it is trained with and of previews, in pixels (0: the model's own).
 
     `mapper` is "compact", "connector" or "reference"; it turns `vokens` states into `tokens` tokens of the conditioning
@@ -44,6 +50,7 @@ class ModelConfig:
     llm_precision: str = "float32"
     shard_llm: bool = False
     diffusion: str = "storybook/diffusers"
+    tokenizer: str = ""
     diffusion_precision: str = "float32"
     picture_size: int = 0
     space: str = "storybook"
@@ -128,13 +135,14 @@ class LossConfig:
     """What is minimised: text, caption and image (diffusion) loss, weighed.
 
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published). `image_from`
-    is the share of the steps after which the diffusion loss joins in. `min_snr_gamma` is for models that predict noise
+    is the share of the steps after which the diffusion loss joins in; where there is no picture to be had, it is off.
+    `min_snr_gamma` is for models that predict noise
     or velocity at a timestep; for SD3 and Flux the draw of the timestep is the weight. `dropout` is the share of the
     samples whose voken states are replaced by zeros, for classifier-free guidance.
     """
 
     text_weight: float = 0.01
-    image_weight: float = 1.0
+    image_weight: float = Unasked(1.0)
     caption_weight: float = 0.1
     caption_target: str = "standardised"
     image_from: float = 0.5

@@ -12,7 +12,7 @@ from .setup import Setup
 
 def preview_with(setup: Setup) -> Callable[[int], None]:
     """Draws the source's previews at a step, their true texts given, into the run's folder."""
-    examples = setup.source.previews()
+    examples = setup.source.previews() if setup.diffusion.draws else []
 
     @torch.no_grad()
     def preview(step: int) -> None:

@@ -73,8 +73,11 @@ def set_up(
         checkpoint_gradients(adapted, diffusion)
     features = use_cache(recipe.data.cache, diffusion, llm)
     source = open_source(llm, features)
-    text_targets = TextTargets(diffusion, source.captions(CAPTIONS_MEASURED))
-    mapper = earlier_mapper(recipe, llm, start_from) if start_from else new_mapper(recipe, llm, text_targets)
+    text_targets = measure_captions(diffusion, source)
+    if start_from:
+        mapper = earlier_mapper(recipe, llm, start_from, text_targets)
+    else:
+        mapper = new_mapper(recipe, llm, text_targets)
     run.begin(source.name)
     picture_losses = PictureLosses(recipe, mapper, text_targets)
     return Setup(
@@ -98,6 +101,17 @@ def set_up_diffusion(model: ModelConfig, run: Run, load: LoadDiffusion) -> Froze
     return diffusion.to(run.accelerator.device)
 
 
+def measure_captions(diffusion: FrozenDiffusion, source: DataSource) -> TextTargets:
+    """What the text encoders answer to the source's first captions; BadInputError where it has none."""
+    captions = source.captions(CAPTIONS_MEASURED)
+    if not captions:
+        raise BadInputError(
+            f"{source.name} says of no picture what it shows, and a mapper learns from that. Give captions: a text "
+            'before each picture, or in jsonl a caption ({"picture": .., "caption": ..}, or {"caption": ..} alone).'
+        )
+    return TextTargets(diffusion, captions)
+
+
 def checkpoint_gradients(adapted: PeftModel, diffusion: FrozenDiffusion) -> None:
     """Gradient checkpointing of LLM and diffusion model: a layer's memory, and half as much time again, as nothing but
     the gradient's way through is computed for frozen weights."""
@@ -111,7 +125,8 @@ def checkpoint_gradients(adapted: PeftModel, diffusion: FrozenDiffusion) -> None
     for layer in model.modules():
         # in a model that is only used nothing is computed twice; dropout stays as it was
         layer.training |= getattr(layer, "gradient_checkpointing", False)
-    diffusion.denoiser.enable_gradient_checkpointing()
+    if diffusion.draws:
+        diffusion.denoiser.enable_gradient_checkpointing()
 
 
 def use_cache(folder: str, diffusion: FrozenDiffusion, llm: FrozenLLM) -> CachedFeatures | None:

@@ -18,17 +18,25 @@ from .stories import TrueScene, stories
 Story = Sequence[TrueScene]
 
 
-def export_stories(layout: str, count: int, seed: int, out: Path, split: str = "train") -> Path:
+def export_stories(
+    layout: str, count: int, seed: int, out: Path, split: str = "train", captions_only: bool = False
+) -> Path:
     """Writes `count` of the storybook's stories with their pictures below `out`; returns the path to read them from.
 
-    Layouts of captioned pictures hold a row a scene, with its full caption.
+    Layouts of captioned pictures hold a row a scene, with its full caption. With `captions_only` the pictures are
+    described, and none is drawn; BadInputError for a layout that has no way to say that.
     """
+    writers = DESCRIBERS if captions_only else WRITERS
     if layout not in WRITERS:
         raise BadInputError(f"Unknown format {layout!r}. Known: {', '.join(WRITERS)}.")
+    if layout not in writers:
+        raise BadInputError(
+            f"--captions-only: {layout} has no rows without pictures. Formats that do: {', '.join(DESCRIBERS)}."
+        )
     if out.exists() and any(out.iterdir()):
         raise BadInputError(f"{out} is not empty. Name a new folder.")
     out.mkdir(parents=True, exist_ok=True)
-    return WRITERS[layout](list(islice(stories(seed, split), count)), seed, out)
+    return writers[layout](list(islice(stories(seed, split), count)), seed, out)
 
 
 def picture_of(seed: int, number: int, index: int, scene: TrueScene) -> Image.Image:
@@ -51,18 +59,33 @@ def _save_all(all_stories: Sequence[Story], seed: int, folder: Path, suffix: str
 
 def _jsonl(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
     _save_all(all_stories, seed, out / "pictures", ".png")
+    return _interleaved(
+        all_stories, out, lambda number, index: {"picture": f"pictures/{number:05}_{index}.png"}
+    )
+
+
+def _described(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    return _interleaved(all_stories, out, lambda number, index: {})
+
+
+def _interleaved(
+    all_stories: Sequence[Story], out: Path, picture: Callable[[int, int], dict[str, str]]
+) -> Path:
     lines = []
     for number, story in enumerate(all_stories):
         items: list[dict[str, str]] = []
         for index, scene in enumerate(story):
-            picture = f"pictures/{number:05}_{index}.png"
             items += [
                 {"text": scene.request, "speaker": "user"},
                 {"text": scene.text},
-                {"picture": picture, "caption": scene.caption},
+                picture(number, index) | {"caption": scene.caption},
             ]
         lines.append(json.dumps({"id": f"{number:05}", "items": items}, ensure_ascii=False))
     return _write(out / "stories.jsonl", lines)
+
+
+def _captions(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
+    return _write(out / "captions.txt", [scene.caption for story in all_stories for scene in story])
 
 
 def _folder(all_stories: Sequence[Story], seed: int, out: Path) -> Path:
@@ -126,11 +149,14 @@ def _write(file: Path, lines: list[str]) -> Path:
     return file
 
 
-WRITERS: dict[str, Callable[[Sequence[Story], int, Path], Path]] = {
+Writer = Callable[[Sequence[Story], int, Path], Path]
+WRITERS: dict[str, Writer] = {
     "folder": _folder,
     "jsonl": _jsonl,
     "cc3m": _cc3m,
     "webdataset": _webdataset,
     "vist": _vist,
     "mmdialog": _mmdialog,
+    "captions": _captions,
 }
+DESCRIBERS: dict[str, Writer] = {"jsonl": _described, "captions": _captions}
