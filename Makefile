@@ -44,7 +44,7 @@ test-comfyui: .venv/dev-installed
 # what is marked `trains`. A file that is new is in.
 TRAINER_TESTS := convert convert_full_size convert_tokenizer data diffusion_settings evaluate feature_cache finetune \
     flow_diffusion flux_full_size frozen_diffusion named_recipes optimise own_data parallel parity prefill_cache recipe run \
-    seeing stages stories tasks trainer_cli
+    seeing stages stories tasks text_alone text_encoders trainer_cli described_data
 
 # With a cache of its own, so that the default LLM is the one that these versions convert.
 test-oldest: .venv-oldest/installed
