@@ -43,7 +43,8 @@ test-comfyui: .venv/dev-installed
 # Left out: what tests trainer/, which needs newer versions (pyproject.toml's extra `train`): these files, and in others
 # what is marked `trains`. A file that is new is in.
 TRAINER_TESTS := backbone diffusion_settings flux_full_size consistency contexts convert convert_full_size convert_tokenizer data evaluate feature_cache \
-    finetune flow_backbones named_recipes parallel parity recipe run seeing stages stories tasks trainer_cli
+    finetune flow_backbones named_recipes parallel parity recipe run seeing stages stories tasks trainer_cli worlds \
+    write_stories
 
 # With a cache of its own, so that the default LLM is the one that these versions convert.
 test-oldest: .venv-oldest/installed

@@ -171,7 +171,7 @@ def _asked(subject: Subject, scenes: int) -> str:
 
 def check_words(line: str) -> str:
     """The words of a line behind its label; LineTrouble for one too short or long, or with anything but words."""
-    words = line.strip(" \t*\"'")
+    words = line.strip(" \t\n*\"'")
     if not SHORTEST <= len(words) <= LONGEST or len(words.split()) < 3:
         raise LineTrouble(f"{words[:80]!r} has {len(words)} characters, expected {SHORTEST} to {LONGEST}")
     if re.search(r"[\[\]{}<>|]|\bScene \d|\bPicture:", words):

@@ -7,7 +7,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Self
@@ -232,9 +232,9 @@ def _words(value: Any, source: str) -> dict[str, str]:
 
 def _table(kind: type, value: Any, source: str) -> Any:
     made = dict(_mapping(value, source))
-    for name, some in made.items():
-        if isinstance(some, list):
-            made[name] = _sentences(some, f"{source} {name}")
+    lists = {one.name for one in fields(kind) if one.type is tuple}
+    for name in lists & set(made):
+        made[name] = _sentences(made[name], f"{source} {name}")
     return build(kind, made, source)
 
 
