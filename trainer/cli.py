@@ -368,8 +368,8 @@ COMMANDS = {
 }
 
 LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog")
-WORLDS = {"world": _world, "write": _write}
 DATA = {"check": _data_check, "cache": _data_cache, "export": _data_export}
+WORLDS = {"world": _world, "write": _write}
 
 
 def main(argv: list[str] | None = None) -> int:
