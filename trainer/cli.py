@@ -8,14 +8,14 @@
     mapper               the mapper alone, for another diffusion model or another shape
     image-adapter        teach the frozen LLM to see pictures
     caption-adapter      the benchmark's caption baseline: the LLM writes captions
-    world FILE           stories with captions and no pictures, of a world that a TOML file describes
-    write                stories with captions and no pictures, written by an instruct LLM of yours
     data check PATH      read a data set of yours, and say what is in it and what is broken
     data cache PATH      compute once what training needs of its pictures and captions
     data export PATH     write the storybook's stories in any of the formats, to see how one looks
     evaluate             vokens beside the two-stage pipeline, on the storybook or a data set, with a report
     convert              published checkpoints into our files (convert --help)
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
+    world FILE           stories with captions and no pictures, of a world that a TOML file describes
+    write                stories with captions and no pictures, written by an instruct LLM of yours
     ablate               short trainings with one thing changed, each measured
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
