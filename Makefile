@@ -42,9 +42,10 @@ test-comfyui: .venv/dev-installed
 
 # Left out: what tests trainer/, which needs newer versions (pyproject.toml's extra `train`): these files, and in others
 # what is marked `trains`. A file that is new is in.
-TRAINER_TESTS := convert convert_full_size convert_tokenizer data diffusion_settings evaluate feature_cache finetune \
-    flow_diffusion flux_full_size frozen_diffusion named_recipes optimise own_data parallel parity prefill_cache recipe run \
-    seeing stages stories tasks text_alone text_encoders trainer_cli described_data
+TRAINER_TESTS := convert convert_full_size convert_tokenizer data described_data diffusion_settings evaluate feature_cache \
+    finetune flow_diffusion flux_full_size frozen_diffusion named_recipes optimise own_data parallel parity \
+    prefill_cache recipe run seeing stages stories tasks text_alone text_encoders trainer_cli worlds \
+    write_stories
 
 # With a cache of its own, so that the default LLM is the one that these versions convert.
 test-oldest: .venv-oldest/installed

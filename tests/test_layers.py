@@ -138,8 +138,8 @@ def test_the_reader_of_files_leaves_out_what_is_for_the_type_checker_alone(tmp_p
 
 # The rooms of the trainer, in the same order; the storybook is a guest, with rooms of its own.
 TRAINER_ROOMS = (
-    "common", "convert", "metrics", "ab", "data", "diffusion", "llm", "feature_cache", "training", "evaluation",
-    "stages", "storybook/world", "storybook/models", "storybook/benchmark", "cli", "__main__",
+    "common", "convert", "metrics", "ab", "worlds", "data", "diffusion", "llm", "feature_cache", "training",
+    "evaluation", "stages", "storybook/world", "storybook/models", "storybook/benchmark", "cli", "__main__",
 )  # fmt: skip
 TITLES = {
     ROOT / "trainer" / "__init__.py",

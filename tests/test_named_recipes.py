@@ -27,6 +27,7 @@ NAMED = {
     "own_stories_sd3": ("finetune", "jsonl", 1),
     "own_stories_sdxl": ("finetune", "jsonl", 1),
     "tiny_8gb": ("finetune", "jsonl", 1),
+    "world_from_text": ("align", "jsonl", 1),
 }
 KINDS = {"align": AlignRecipe, "finetune": FinetuneRecipe}
 

@@ -14,6 +14,8 @@
     evaluate             vokens beside the two-stage pipeline, on the storybook or a data set, with a report
     convert              published checkpoints into our files (convert --help)
     ab                   people's verdict: pairs of stories, shown blind in a local web page (ab --help)
+    world FILE           stories with captions and no pictures, of a world that a TOML file describes
+    write                stories with captions and no pictures, written by an instruct LLM of yours
     ablate               short trainings with one thing changed, each measured
     storybook-score      illustrate held-out stories and score the pictures
     storybook-bundle     lay trained parts into the folder the main job loads
@@ -67,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--from", dest="start", type=Path, help="an earlier run's --out folder to go on from"
             )
     _add_data(commands)
+    _add_worlds(commands)
     return parser
 
 
@@ -102,6 +105,73 @@ def _add_data(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         action.add_argument(
             "--format", required=True, dest="layout", metavar="FORMAT", help=", ".join(LAYOUTS)
         )
+
+
+def _add_worlds(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    told = "stories with captions and no pictures"
+    world = commands.add_parser("world", help=f"{told}, of a world that a TOML file describes")
+    world.add_argument("file", type=Path, help="such as trainer/worlds/knights.toml, which explains itself")
+    world.add_argument(
+        "--out", type=Path, help="a new .jsonl file; without one the world is checked and shown"
+    )
+    world.add_argument("--stories", type=int, help="how many: 1500, or 40 with --measure")
+    world.add_argument("--seed", type=int, help="another seed tells other stories")
+    world.add_argument(
+        "--split",
+        default="train",
+        choices=("train", "validation", "test"),
+        help="test: held-out combinations",
+    )
+    world.add_argument(
+        "--measure", type=Path, metavar="RUN", help="are captions of held-out stories what this run asks for?"
+    )
+    world.add_argument("--diffusion", default="storybook/diffusers", help="of --measure: whose text encoder")
+    world.add_argument("--llm", default="", help="of --measure: a folder; without one the default LLM")
+    write = commands.add_parser("write", help=f"{told}, written by an instruct LLM of yours")
+    write.add_argument("--llm", type=Path, help="a Hugging Face folder or .gguf file; else the default LLM")
+    write.add_argument(
+        "--precision", default="float32", choices=("float32", "bf16", "4bit"), help="of the LLM"
+    )
+    write.add_argument("--device", default="cpu", help="such as cuda")
+    write.add_argument("--out", type=Path, required=True, help="a .jsonl file; what it holds is kept")
+    for name, default in (("stories", 500), ("scenes", 4), ("seed", 0), ("temperature", 0.7)):
+        write.add_argument(f"--{name}", type=type(default), default=default)
+
+
+def _world(arguments: argparse.Namespace) -> int:
+    from .worlds.checks import load_world
+    from .worlds.export import summary, write_stories
+
+    world, given = load_world(arguments.file), {"stories": arguments.stories, "seed": arguments.seed}
+    if arguments.measure:
+        from .evaluation.nearest import NearestRecipe, measure_world
+
+        known = {name: value for name, value in given.items() if value is not None}
+        models = {"llm": arguments.llm, "diffusion": arguments.diffusion}
+        measure_world(world, NearestRecipe(arguments.measure, **models, **known))
+    elif arguments.out:
+        count = 1500 if arguments.stories is None else arguments.stories
+        write_stories(world, count, arguments.out, arguments.seed or 0, arguments.split)
+        print(f"{count} stories: {arguments.out}")
+    else:
+        for line in summary(world, arguments.seed or 0, arguments.split):
+            print(line)
+    return 0
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    from minigpt5_core.llm import load_llm
+    from minigpt5_core.llm.files import default_llm
+    from minigpt5_core.llm.precision import dtype_and_quantization
+
+    from .worlds.write import WriteSettings, write_with_llm
+
+    names = ("stories", "scenes", "seed", "temperature")
+    settings = WriteSettings(**{name: getattr(arguments, name) for name in names})
+    how = dtype_and_quantization(arguments.precision)
+    llm = load_llm(arguments.llm or default_llm(), device=arguments.device, **how)
+    print(f"{arguments.out}: {write_with_llm(llm, settings, arguments.out)}")
+    return 0
 
 
 def _data_check(arguments: argparse.Namespace) -> int:
@@ -313,6 +383,7 @@ COMMANDS = {
 
 LAYOUTS = ("folder", "jsonl", "cc3m", "webdataset", "vist", "mmdialog", "captions")
 DATA = {"check": _data_check, "cache": _data_cache, "export": _data_export}
+WORLDS = {"world": _world, "write": _write}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -326,6 +397,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "data":
             return DATA[arguments.action](arguments)
+        if arguments.command in WORLDS:
+            return WORLDS[arguments.command](arguments)
         return COMMANDS[arguments.command][0](arguments)
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -42,7 +42,7 @@ from ...diffusion import TextTargets, load_frozen_diffusion
 from ...llm.sequences import story_losses, story_sequence, text_losses
 from ...training.optimise import optimise
 from ..world.render import render
-from ..world.state import BY_TIME, COMPANIONS, FACTS, HEROES, PLACES, PROPS, State
+from ..world.state import BY_TIME, COMPANIONS, FACTS, HEROES, PROPS, WORLD, State
 from ..world.stories import held_out_state, stories, training_state
 from ..world.visual_turns import (
     caption_turns,
@@ -55,7 +55,7 @@ from ..world.visual_turns import (
 Save = Callable[[], None]
 CAPTION = re.compile(
     rf"a ({'|'.join(HEROES)})(?: with a ({'|'.join(phrase for phrase, _ in PROPS.values())}))? "
-    rf"({'|'.join(place.caption for place in PLACES.values())}) ({'|'.join(BY_TIME.values())})"
+    rf"({'|'.join(place.caption for place in WORLD.places.values())}) ({'|'.join(BY_TIME.values())})"
     rf"(?: and a ({'|'.join(COMPANIONS)}))?"
 )
 
@@ -235,7 +235,7 @@ def read_caption(text: str) -> State | None:
     hero, prop, place, time, companion = found.groups()
     return State(
         hero,
-        next(name for name, value in PLACES.items() if value.caption == place),
+        next(name for name, value in WORLD.places.items() if value.caption == place),
         next(name for name, value in BY_TIME.items() if value == time),
         next((name for name, (phrase, _) in PROPS.items() if phrase == prop), None),
         companion,
