@@ -61,6 +61,7 @@ def report(small, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_report_has_every_row_and_column_with_an_interval_or_nothing(report):
     found = json.loads((report / "report.json").read_text())
     assert tuple(found["rows"]) == SYSTEMS
@@ -71,6 +72,7 @@ def test_a_report_has_every_row_and_column_with_an_interval_or_nothing(report):
     assert found["rows"]["vokens"]["llm_tokens_per_scene"]["mean"] == 8
 
 
+@pytest.mark.slow
 def test_rows_that_draw_the_same_differ_in_nothing(report):
     """The reference mapper is given the same file here, so both rows draw the same pictures."""
     cells = json.loads((report / "report.json").read_text())["differences"]["vokens-vokens_reference"]
@@ -78,6 +80,7 @@ def test_rows_that_draw_the_same_differ_in_nothing(report):
     assert same == dict.fromkeys(same, 0.0)
 
 
+@pytest.mark.slow
 def test_the_page_shows_strips_that_are_there(report):
     page = (report / "report.html").read_text()
     files = re.findall(r'src="([^"]+)"', page)
@@ -93,6 +96,7 @@ def test_the_page_shows_strips_that_are_there(report):
         assert sheet.width > 4 * 192
 
 
+@pytest.mark.slow
 def test_what_was_drawn_is_not_drawn_again(report, small):
     before, written = json.loads((report / "report.json").read_text()), drawn_at(report)
     assert evaluate_storybook(small, report) == before
@@ -148,6 +152,7 @@ def parts_of(recipe):
     return {name: getattr(recipe, name) for name in names}
 
 
+@pytest.mark.slow
 def test_a_system_whose_weights_are_missing_is_left_out_and_said(small, tmp_path, capsys):
     recipe = replace(
         small,
@@ -188,6 +193,7 @@ def test_the_shipped_recipe_of_the_benchmark_is_one():
     assert (recipe.stories, recipe.seed, recipe.systems) == (100, 7, SYSTEMS)
 
 
+@pytest.mark.slow
 def test_the_caption_baselines_adapter_holds_lora_alone(small):
     """Vokens have made the embeddings longer, which PEFT would by itself save whole."""
     names = load_file(Path(small.caption_adapter) / "adapter_model.safetensors")
@@ -234,6 +240,7 @@ def test_ablations_train_and_measure_each_variant_once(trained, tmp_path):
     assert again == table
 
 
+@pytest.mark.slow
 def test_the_text_loss_is_the_librarys_own_mean_over_the_held_out_stories(small):
     causal_lm = (llm := load_teller(small).llm).causal_lm
     losses = []

@@ -353,6 +353,7 @@ def test_a_pooled_vector_counts_as_much_as_the_tokens():
     assert distances(answer, ["owl axe inn day", "owl axe inn night"]) == [1.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_a_run_is_measured_on_held_out_stories(trained, knights, capsys):
     folder, parts = trained
