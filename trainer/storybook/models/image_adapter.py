@@ -9,7 +9,7 @@ pass through the LLM and so takes minutes; then they are trained through the LLM
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def train_image_adapter(recipe: ImageAdapterRecipe, out: Path, start: Path | Non
     mapper = load_mapper(Path(recipe.mapper))[0].to(device)
     llm = load_adapter(load_llm(folder, mapper.config.vokens, device=device), Path(recipe.adapter))
     encoder, earlier = _encoder(recipe, llm, start)
-    llm = replace(llm, image_encoder=encoder.to(device))
+    llm = llm.with_vision(encoder.to(device))
     steps = f"{recipe.word_steps} + {recipe.story_steps}"
     trained = {
         "stage": "image adapter",
