@@ -161,7 +161,7 @@ class StoryTurn(io.ComfyNode):
             log.warning(
                 "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
             )
-        memory = _cache_bytes(llm, fitted.prompt.length + room)
+        memory = cache_bytes(llm, fitted.prompt.length + room)
         management.load_models_gpu(llm.patchers, memory_required=memory, force_full_load=True)
         with torch.no_grad():
             sampling = way.sampling_for(frozen, turns)
@@ -241,7 +241,7 @@ def _progress(total: int) -> Callable[[int], bool]:
     return tick
 
 
-def _cache_bytes(llm: LoadedLLM, positions: int) -> int:
+def cache_bytes(llm: LoadedLLM, positions: int) -> int:
     """Bytes that the keys and values of so many positions take, so that ComfyUI frees as much."""
     config = llm.frozen.causal_lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -24,6 +24,8 @@ FUNCTIONS = {
         "text_encoder_device",
         "text_encoder_offload_device",
         "text_encoder_dtype",
+        "get_torch_device",
+        "free_memory",
     ],
     "comfy/model_patcher.py": ["ModelPatcher.__init__", "ModelPatcher.clone", "ModelPatcher.add_patches"],
     "comfy/lora.py": ["load_lora"],

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 loads: list[dict[str, Any]] = []
+freed: list[int] = []
 
 
 def load_models_gpu(
@@ -27,3 +28,15 @@ def text_encoder_offload_device() -> torch.device:
 
 def text_encoder_dtype(device: torch.device | None = None) -> torch.dtype:
     return torch.float16
+
+
+def get_torch_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def free_memory(
+    memory_required: int, device: torch.device, keep_loaded: list[Any] | None = None
+) -> list[Any]:
+    """Unloads models until so many bytes are free on the device."""
+    freed.append(memory_required)
+    return []
