@@ -102,7 +102,7 @@ class TrainMapper(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "scenes",
-                    default=2500,
+                    default=2000,
                     min=1,
                     max=100_000,
                     tooltip="The most captions that are read, from the first on. Fewer begin sooner and know less.",
