@@ -193,7 +193,10 @@ class _Report:
 
     def tick(self, text: str) -> None:
         """One thing more is done; the text is shown about once a second."""
+        import comfy.model_management as management
+
         self.bar.update(1)
+        management.throw_exception_if_processing_interrupted()  # a long bar looks at every 200th tick only
         if time.monotonic() - self.told > EVERY:
             self.say(text)
 

@@ -26,6 +26,7 @@ FUNCTIONS = {
         "text_encoder_dtype",
         "get_torch_device",
         "free_memory",
+        "throw_exception_if_processing_interrupted",
     ],
     "comfy/model_patcher.py": ["ModelPatcher.__init__", "ModelPatcher.clone", "ModelPatcher.add_patches"],
     "comfy/lora.py": ["load_lora"],

@@ -217,6 +217,21 @@ def test_cancel_at_any_moment_keeps_what_was_learned_and_says_so(train, host, ma
     assert f"Stopped after {learned} of 3 steps" in host("server").sent[-1][0]
 
 
+def test_cancel_is_heard_between_the_ticks_of_a_long_bar(train, host, mappers):
+    """ComfyUI's bar looks at every 200th part of its length only."""
+    management = host("comfy.model_management")
+
+    def hook(value, *_, **__):
+        if value == 8:
+            management.interrupted.append(True)
+
+    host("comfy.utils").set_progress_bar_global_hook(hook)
+    with pytest.raises(management.InterruptProcessingException):
+        train()
+    (file,) = mappers.iterdir()
+    assert load_mapper(file)[1].trained["steps"] == 2
+
+
 # Files
 
 

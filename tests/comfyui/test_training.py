@@ -1,4 +1,4 @@
-"""Train Voken Mapper on a real server, with tiny settings: trained, plotted, saved, drawn with; Cancel; all families."""
+"""Train Voken Mapper on a real server, with tiny settings: trained, plotted, saved, drawn with; Cancel; bad input."""
 
 import json
 from pathlib import Path
@@ -55,18 +55,18 @@ def test_a_mapper_is_trained_saved_plotted_and_drawn_with_and_not_trained_again(
 
 
 def test_cancel_keeps_what_was_learned_and_the_queue_goes_on(server, training):
-    prompt = training(name="cancelled", steps=100_000)
+    prompt = training(name="cancelled", steps=1000)
     asked = []
 
     def cancel(node, value, total):
-        if total > 100_000 and value > total - 100_000 + 3 and not asked:
+        if total > 1000 and value > total - 1000 and not asked:
             asked.append(value)
             server.post("/interrupt", {})
 
     result = server.run(prompt, on_progress=cancel)
     assert result.status == "interrupted"
     _, header = load_mapper(server.base / "models" / "voken_mappers" / "cancelled.safetensors")
-    assert 3 <= header.trained["steps"] < 200
+    assert 1 <= header.trained["steps"] < 500
     assert server.run(training(name="after")).status == "success"
 
 

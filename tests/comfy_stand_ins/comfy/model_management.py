@@ -6,6 +6,17 @@ import torch
 
 loads: list[dict[str, Any]] = []
 freed: list[int] = []
+interrupted: list[bool] = []
+
+
+class InterruptProcessingException(BaseException):
+    """The user has pressed Cancel."""
+
+
+def throw_exception_if_processing_interrupted() -> None:
+    if interrupted:
+        interrupted.clear()
+        raise InterruptProcessingException
 
 
 def load_models_gpu(
