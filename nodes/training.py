@@ -104,7 +104,7 @@ class TrainMapper(io.ComfyNode):
                     "scenes",
                     default=2000,
                     min=1,
-                    max=100_000,
+                    max=20_000,
                     tooltip="The most captions that are read, from the first on. Fewer begin sooner and know less.",
                 ),
                 MAPPER.Input(
