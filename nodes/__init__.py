@@ -9,6 +9,7 @@ from .interleaver import Interleaver
 from .llm import LoadAdapter, LoadLLM
 from .show import SaveStory, StoryParts, ViewStory
 from .story import AddPicture, LoadStory, StartStory
+from .training import TrainMapper
 from .turn import StoryTurn
 
 NODES: list[type[io.ComfyNode]] = [
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     StoryParts,
     ViewStory,
     SaveStory,
+    TrainMapper,
 ]
 
 

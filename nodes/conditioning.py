@@ -161,7 +161,9 @@ def check_model(model: Any, mapper: LoadedMapper) -> None:
     if widths is None:
         return
     space = mapper.header.space
-    if widths == (space.width, space.pooled_width):
+    # a CLIP has a pooled vector whether its model takes it or not: a space of no known family may bring one too many
+    pooled = space.pooled_width if space.name in SPACES else widths[1] and space.pooled_width
+    if widths == (space.width, pooled):
         _check_latents(model, mapper)
         return
     known = [one for one in SPACES.values() if (one.width, one.pooled_width) == widths]
@@ -175,7 +177,7 @@ def check_model(model: Any, mapper: LoadedMapper) -> None:
 def _check_latents(model: Any, mapper: LoadedMapper) -> None:
     space = mapper.header.space
     channels = getattr(model.get_model_object("latent_format"), "latent_channels", space.latent_channels)
-    if channels != space.latent_channels:
+    if space.latent_channels and channels != space.latent_channels:
         raise ValueError(
             f"The mapper {mapper.name} is for {space}, whose latents have {space.latent_channels} channels; this "
             f"MODEL's have {channels}. Load a checkpoint of the kind {space.name}, or a mapper that was trained for "
@@ -189,6 +191,10 @@ def _cure(space: Space, found: Space) -> str:
             "This is the storybook's mapper: use it with the storybook's own MODEL (Load Diffusers Model, MiniGPT-5), "
             f"or load a mapper that was trained for {found.name} in Load Voken Mapper."
         )
+    from ..minigpt5_core.conditioning import SPACES
+
+    if space.name not in SPACES:
+        return "Load the checkpoint whose CLIP it was trained with, or train another one: Train Voken Mapper."
     return f"Load a checkpoint of the kind {space.name}, or a mapper that was trained for {found.name}."
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .compat import link, schema
 from .sockets import LLM, MAPPER, STORY
-from .turn import SEEDS, preset_input, sampling_inputs
+from .turn import PICTURES_TOO, SEEDS, preset_input, sampling_inputs, sight_input
 
 SIZE = "In pixels: 128 for the storybook, which draws nonsense at other sizes; 512 for SD 1.5, 1024 for SDXL."
 
@@ -75,6 +75,7 @@ class Interleaver(io.ComfyNode):
                     "and height then do nothing.",
                 ),
                 preset_input(),
+                sight_input(),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),
@@ -112,6 +113,7 @@ def _scene(graph: Any, index: int, line: str, story: Any, latent: Any, inputs: d
         seed=seed,
         pictures="after_text",
         preset=inputs.get("preset", "off"),
+        llm_reads=inputs.get("llm_reads", PICTURES_TOO),
         **sampling,
     )
     conditioning = graph.node(

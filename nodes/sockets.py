@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..minigpt5_core.llm import FrozenLLM
 
 LLM = io.Custom("MINIGPT5_LLM")
+LOSS_MAP = io.Custom("LOSS_MAP")  # ComfyUI's own, which its Plot Loss Graph draws
 MAPPER = io.Custom("MINIGPT5_MAPPER")
 STORY = io.Custom("MINIGPT5_STORY")
 VOKENS = io.Custom("MINIGPT5_VOKENS")

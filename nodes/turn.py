@@ -24,6 +24,7 @@ log = logging.getLogger("minigpt5")
 
 PICTURES = ["after_text", "when_asked", "first", "none"]
 PRESETS = ["off", "default", "published_vist", "published_mmdialog", "published_cc3m"]
+PICTURES_TOO, WORDS_ONLY = SEES = ["pictures_too", "words_only"]
 SEEDS = 0xFFFFFFFFFFFFFFFF
 
 
@@ -63,6 +64,18 @@ def preset_input() -> io.Input:
         default="off",
         tooltip="off: temperature and the widgets below it count. Any other: its settings count in their place; "
         "published_* also address the LLM as the published MiniGPT-5 checkpoints were trained to be.",
+    )
+
+
+def sight_input() -> io.Input:
+    """Whether an LLM that sees is shown the pictures; the same widget in Story Turn and Interleaver."""
+    return io.Combo.Input(
+        "llm_reads",
+        optional=True,
+        options=SEES,
+        default=PICTURES_TOO,
+        tooltip="words_only: an LLM that sees is not shown the story's pictures. For a checkpoint that draws otherwise "
+        "than what its eyes were trained on, such as the storybook's eyes and your own checkpoint.",
     )
 
 
@@ -112,6 +125,7 @@ class StoryTurn(io.ComfyNode):
                     tooltip="How many pictures one turn may ask for; Vokens to Conditioning takes them one by one.",
                 ),
                 preset_input(),
+                sight_input(),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),
@@ -136,6 +150,7 @@ class StoryTurn(io.ComfyNode):
         pictures: str,
         max_pictures: int = 1,
         preset: str = "off",
+        llm_reads: str = PICTURES_TOO,
     ) -> io.NodeOutput:
         import comfy.model_management as management
         import torch
@@ -150,18 +165,17 @@ class StoryTurn(io.ComfyNode):
         if folders.STORYBOOK_ADAPTER in llm.adapters:
             _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
         room = way.sampling.max_new_tokens + max_pictures * len(frozen.voken_ids)
-        if (
-            llm.has_vision
-        ):  # encoding pictures takes the weights, and the length of the prompt is known only afterwards
+        sees = llm.has_vision and llm_reads != WORDS_ONLY
+        if sees:  # encoding pictures takes the weights, and the length of the prompt is known only afterwards
             management.load_models_gpu(llm.patchers, force_full_load=True)
-        turns = [*_turns(llm, story, way), _open_turn(request)]
+        turns = [*_turns(llm, story, way, sees), _open_turn(request)]
         fitted = fit_prompt(frozen, turns, room, way.wording_for(frozen))
         if fitted.dropped:
             left_out = ", ".join(str(page + 1) for page in fitted.dropped)
             log.warning(
                 "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
             )
-        memory = _cache_bytes(llm, fitted.prompt.length + room)
+        memory = cache_bytes(llm, fitted.prompt.length + room)
         management.load_models_gpu(llm.patchers, memory_required=memory, force_full_load=True)
         with torch.no_grad():
             sampling = way.sampling_for(frozen, turns)
@@ -204,17 +218,17 @@ def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
         tell_user(message, node_id)
 
 
-def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset) -> list[Turn]:
+def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset, sees: bool) -> list[Turn]:
     """The pages as the LLM reads them. The request of a page without one is the opening, or what happens next.
 
-    An LLM with vision is shown every picture. A voken block stands for the pictures that an LLM asked for; to an LLM
-    without vision, for all of them.
+    An LLM that `sees` is shown every picture. A voken block stands for the pictures that an LLM asked for; to an LLM
+    that does not, for all of them.
     """
     from ..minigpt5_core.story.prompts import LOOK, NEXT, Turn
 
     turns = []
     for index, page in enumerate(story.pages):
-        looks = llm.has_vision and page.picture is not None
+        looks = sees and page.picture is not None
         image_tokens = way.see(llm.frozen, page.picture) if looks else None
         block = page.picture is not None and (page.told or image_tokens is None)
         request = page.request or (NEXT if index else story.prompt or LOOK)
@@ -241,7 +255,7 @@ def _progress(total: int) -> Callable[[int], bool]:
     return tick
 
 
-def _cache_bytes(llm: LoadedLLM, positions: int) -> int:
+def cache_bytes(llm: LoadedLLM, positions: int) -> int:
     """Bytes that the keys and values of so many positions take, so that ComfyUI frees as much."""
     config = llm.frozen.causal_lm.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

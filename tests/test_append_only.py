@@ -27,6 +27,7 @@ CORE = {
         ["LATENT"],
     ),
     "LoadImage": ({}, ["IMAGE", "MASK"]),
+    "LossGraphNode": ({"loss": "LOSS_MAP"}, []),
     "PreviewAny": ({"source": "*"}, ["STRING"]),
     "PreviewImage": ({"images": "IMAGE"}, []),
     "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ["IMAGE"]),

@@ -387,6 +387,17 @@ def test_an_llm_that_sees_is_shown_behind_its_block_what_came_of_it(pack, tell, 
     assert shown[1] == [(True, True), (True, False)]
 
 
+def test_an_llm_that_sees_reads_words_only_where_it_is_told_to(pack, tell, seeing, llm, shown, opening):
+    (mine,) = pack.run("MiniGPT5Story", text="", image=torch.rand(1, 20, 16, 3)).args
+    story = pack.run("MiniGPT5AddPicture", story=tell(opening)[0], image=torch.rand(1, 16, 16, 3)).args[0]
+    for pages in (mine, story):
+        shown.clear()
+        closed = tell(pages, llm=seeing, llm_reads="words_only")
+        blind = tell(pages, llm=llm)
+        assert shown == [[(True, False), (True, False)]] * 2  # a block stands for every picture
+        assert torch.equal(closed[2].states, blind[2].states)
+
+
 # Presets
 
 

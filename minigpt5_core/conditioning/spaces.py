@@ -15,7 +15,8 @@ if TYPE_CHECKING:  # the table of families is plain data: reading it must not co
 class Space:
     """Conditioning of shape (B, tokens, width) and, where `pooled_width` is set, (B, pooled_width).
 
-    `latent_channels` are those of the family's latents, to tell models apart that take the same conditioning.
+    `latent_channels` are those of the family's latents, to tell models apart that take the same conditioning; 0 where
+    nothing is known of them.
     """
 
     name: str

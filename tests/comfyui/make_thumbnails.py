@@ -40,10 +40,12 @@ def outputs(server: str, prompt: dict) -> dict[str, Any]:
 
 
 def pictures(server: str, prompt: dict) -> list[Image.Image]:
-    """What the view node or, where there is none, the preview nodes show."""
+    """What the view node or, where there is none, the plots and preview nodes show."""
     shown = outputs(server, prompt)
     wanted = [node for node in prompt if prompt[node]["class_type"] == "MiniGPT5ViewStory"]
-    wanted = wanted or [node for node in prompt if prompt[node]["class_type"] == "PreviewImage"]
+    wanted = wanted or [
+        node for node in prompt if prompt[node]["class_type"] in ("LossGraphNode", "PreviewImage")
+    ]
     files = [file for node in wanted for file in shown[node]["images"]]
     contents = (ask(f"{server}/view?{urllib.parse.urlencode(file)}") for file in files)
     return [Image.open(io.BytesIO(content)).convert("RGB") for content in contents]

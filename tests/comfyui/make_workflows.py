@@ -19,7 +19,10 @@ PREVIEW = 240  # what a node shows of its result while it runs
 SHOWING = ("MiniGPT5Interleaver", "MiniGPT5AddPicture")
 HEIGHTS = {
     "MiniGPT5ViewStory": 520, "MiniGPT5SaveStory": 320, "PreviewImage": 300, "LoadImage": 320, "PreviewAny": 120,
+    "LossGraphNode": 400,
 }  # fmt: skip
+
+ENDS = ("PreviewImage", "PreviewAny")
 
 Graph = dict[str, dict[str, Any]]
 Link = list[Any]
@@ -50,6 +53,8 @@ SAMPLING = {
 SAMPLER = {"steps": 20, "cfg": 3.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"}
 MIA = "Mia the fox wakes up in a snowy forest."
 BALLOON = "Mia the fox finds a red balloon in a snowy forest."
+SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
+WATERCOLOR = "watercolor picture book illustration of {caption}, soft light"
 PICTURE = "a lion with a red balloon on the beach by day"
 
 
@@ -208,10 +213,57 @@ def two_stage() -> Builder:
     return builder
 
 
+def train(builder: Builder, llm, clip: Link, **changes: Any):
+    values = {"texts": "", "style": "{caption}", "name": "my_mapper", "steps": 3000, "batch": 16}
+    values |= {"learning_rate": 0.001, "seed": 0, "scenes": 2000}
+    return builder.add("MiniGPT5TrainMapper", llm=llm(), clip=clip, **values | changes)
+
+
+def your_checkpoint() -> Builder:
+    builder = Builder()
+    loaded = builder.add("CheckpointLoaderSimple", "your checkpoint", ckpt_name=SD15)
+    llm = builder.add("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype="auto", vokens=8)
+    adapted = builder.add("MiniGPT5LoadAdapter", llm=llm(), adapter_name="storybook", strength=1.0)
+    mapper = train(builder, adapted, loaded(1), style=WATERCOLOR, name="my_checkpoint")
+    story = builder.add("MiniGPT5Story", text=BALLOON)
+    told = interleave(
+        builder, adapted, mapper, loaded(0), loaded(2), story(), cfg=7.0, steps=25, width=512, height=512,
+        llm_reads="words_only",
+    )  # fmt: skip
+    show_and_save(builder, told())
+    return builder
+
+
+def plotted() -> Builder:
+    builder = Builder()
+    llm = builder.add("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype="auto", vokens=8)
+    adapted = builder.add("MiniGPT5LoadAdapter", llm=llm(), adapter_name="storybook", strength=1.0)
+    diffusion = builder.add("MiniGPT5LoadDiffusers", model_name="storybook")
+    story = builder.add("MiniGPT5Story", text=BALLOON)
+    builder.row = 1
+    mapper = train(builder, adapted, diffusion(1), name="plotted", steps=400, scenes=400)
+    builder.add(
+        "LossGraphNode",
+        "how far from CLIP's own answer, step by step",
+        loss=mapper(1),
+        filename_prefix="loss",
+    )
+    builder.row = 2
+    told = turn(builder, adapted, story(), "", 0, "one scene")
+    steering = builder.add(
+        "MiniGPT5VokensToConditioning", vokens=told(2), mapper=mapper(), picture=1, text_strength=0.3,
+        model=diffusion(0),
+    )  # fmt: skip
+    image = draw(builder, diffusion(0), diffusion(2), steering(0), steering(1), 0, "what was learned")
+    builder.add("PreviewImage", "What was learned", images=image())
+    return builder
+
+
 NO_MAPPER = """
 
-**No mapper for this kind of checkpoint comes with the pack**: training one takes hours on a GPU, with
-`python -m trainer align` and `finetune` (see the README). Put the mapper into `models/voken_mappers` (make the folder)
+**No mapper for this kind of checkpoint comes with the pack**: template *Your checkpoint tells the story* trains one in
+minutes, for the storybook's world; for a language model and a world of your own there are `python -m trainer align` and
+`finetune` (see the README). Put the mapper into `models/voken_mappers` (make the folder)
 and its adapter folder into `models/loras`, then choose them here, and your checkpoint too."""
 
 WORKFLOWS = {
@@ -267,14 +319,41 @@ converted, choose its LLM, adapter and mapper; its first scene is your opening, 
         + NO_MAPPER,
     ),
     "Any SD 1.5 or SDXL checkpoint with a mapper": (
-        lambda: checkpoint(
-            "v1-5-pruned-emaonly-fp16.safetensors", "my_mapper.safetensors", "my_adapter", 512, 7.0
-        ),
+        lambda: checkpoint(SD15, "my_mapper.safetensors", "my_adapter", 512, 7.0),
         """# Any SD 1.5 or SDXL checkpoint
 
 Load Checkpoint, and a mapper that was trained for its kind: the mapper's file says which, and a mismatch is refused
 before anything is drawn. For SDXL set width and height to 1024."""
         + NO_MAPPER,
+    ),
+    "Your checkpoint tells the story": (
+        your_checkpoint,
+        """# Your checkpoint tells the story
+
+Choose your checkpoint in **Load Checkpoint** (SD 1.5, SD 2.x, SDXL, or a finetune of one) and press **Run**. No
+pictures, no data set: **Train Voken Mapper** learns what your checkpoint's own text encoder answers to two thousand
+captions, and the storybook's heroes are then drawn by your checkpoint.
+
+- The training comes first: minutes on a GPU, 10 to 20 on a CPU. What is learned is saved as
+  `models/voken_mappers/my_checkpoint.safetensors`. As long as nothing of the node changes it is not run again; after a
+  restart put **Load Voken Mapper** in its place.
+- **style**: the words your checkpoint likes; `{caption}` stands for what the picture shows.
+- The language model reads **words_only**: the storybook's eyes know the storybook's own pictures, and would mistake
+  your checkpoint's.
+- Opening, instructions and seed can be changed at will: they need no new training.
+- For SDXL set width and height to 1024 in the **Interleaver**. For SD3 or Flux connect their CLIP, and to **latent** an
+  empty latent of theirs.
+- **Cancel** keeps what was learned so far, and says where.""",
+    ),
+    "Plot the training": (
+        plotted,
+        """# Plot the training
+
+**Train Voken Mapper** on the storybook's own CLIP for a few minutes, and ComfyUI's **Plot Loss Graph** behind it: 1 is
+guessing nothing, 0 would be the text encoder itself. Below, one scene is drawn by what was learned.
+
+Raise **steps** and **scenes** and the curve goes lower; 2000 scenes and 3000 steps come close to the mapper that comes
+with the pack. Connect an earlier mapper to **mapper** to go on with it.""",
     ),
     "Vokens blended with a text prompt": (
         blended,
@@ -388,6 +467,7 @@ def _node(
     outputs = [
         {"name": label, "type": kind, "links": []}
         for label, kind in zip(about["output_name"], about["output"], strict=True)
+        if node["class_type"] not in ENDS  # which have outputs in newer versions only
     ]
     shown = {"title": node["_meta"]["title"]} if node["_meta"]["title"] else {}
     return {

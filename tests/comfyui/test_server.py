@@ -12,7 +12,7 @@ from PIL import Image
 IDS = {
     "MiniGPT5LoadLLM", "MiniGPT5LoadAdapter", "MiniGPT5LoadMapper", "MiniGPT5LoadDiffusers", "MiniGPT5Story",
     "MiniGPT5LoadStory", "MiniGPT5StoryTurn", "MiniGPT5VokensToConditioning", "MiniGPT5AddPicture",
-    "MiniGPT5Interleaver", "MiniGPT5StoryParts", "MiniGPT5ViewStory", "MiniGPT5SaveStory",
+    "MiniGPT5Interleaver", "MiniGPT5StoryParts", "MiniGPT5ViewStory", "MiniGPT5SaveStory", "MiniGPT5TrainMapper",
 }  # fmt: skip
 
 

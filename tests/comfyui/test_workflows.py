@@ -166,11 +166,11 @@ def test_a_workflow_without_its_files_is_refused_by_their_names(server, name):
         node["inputs"][key]
         for node in graph.values()
         for key in ("ckpt_name", "mapper_name", "adapter_name")
-        if key in node["inputs"]
+        if node["inputs"].get(key, "storybook") != "storybook"
     ]
     result = server.run(graph)
     assert result.status == "refused"
-    assert len(wanted) == 3
+    assert len(wanted) == (1 if "MiniGPT5TrainMapper" in classes(graph) else 3)
     assert all(f"'{file}'" in result.error for file in wanted), result.error
 
 

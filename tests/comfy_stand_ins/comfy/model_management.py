@@ -5,6 +5,18 @@ from typing import Any
 import torch
 
 loads: list[dict[str, Any]] = []
+freed: list[int] = []
+interrupted: list[bool] = []
+
+
+class InterruptProcessingException(BaseException):
+    """The user has pressed Cancel."""
+
+
+def throw_exception_if_processing_interrupted() -> None:
+    if interrupted:
+        interrupted.clear()
+        raise InterruptProcessingException
 
 
 def load_models_gpu(
@@ -27,3 +39,15 @@ def text_encoder_offload_device() -> torch.device:
 
 def text_encoder_dtype(device: torch.device | None = None) -> torch.dtype:
     return torch.float16
+
+
+def get_torch_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def free_memory(
+    memory_required: int, device: torch.device, keep_loaded: list[Any] | None = None
+) -> list[Any]:
+    """Unloads models until so many bytes are free on the device."""
+    freed.append(memory_required)
+    return []
