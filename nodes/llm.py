@@ -235,8 +235,7 @@ def _all_rows(adapter: Adapter, llm: LoadedLLM) -> dict[str, torch.Tensor]:
     names = {id(module): name for name, module in causal_lm.named_modules()}
     table = names[id(causal_lm.get_input_embeddings())]
     head = names[id(causal_lm.get_output_embeddings())]
-    tied = causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
-    return adapter.rows | ({head: adapter.rows[table]} if tied and adapter.rows else {})
+    return adapter.rows | ({head: adapter.rows[table]} if llm.frozen.tied_head and adapter.rows else {})
 
 
 def _unpatched(llm: LoadedLLM, module: str) -> torch.Tensor:

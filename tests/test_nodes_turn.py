@@ -156,6 +156,19 @@ def test_an_adapter_leaves_the_llm_it_is_laid_over_as_it_was(pack, llm, models, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_an_adapter_loaded_again_has_the_heads_rows_though_patching_has_undone_the_tie(
+    pack, llm, models, tiny_llm_folder
+):
+    """ComfyUI puts a tensor of its own in place of each patched weight, and of each it takes a patch off."""
+    save_adapter(models / "loras" / "mine", tiny_llm_folder)
+    (first,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
+    assert "causal_lm.lm_head.weight" in first.patcher.patches
+    head = llm.frozen.causal_lm.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    (again,) = pack.run("MiniGPT5LoadAdapter", llm=llm, adapter_name="mine").args
+    assert again.patcher.patches.keys() == first.patcher.patches.keys()
+
+
 def test_an_adapter_of_other_vokens_is_refused_by_name(pack, llm, models, tiny_llm_folder):
     save_adapter(models / "loras" / "mine", tiny_llm_folder, vokens=4)
     with pytest.raises(ValueError, match=r"mine.*\(4\).*this LLM of width 32.*\(8\)"):

@@ -40,6 +40,8 @@ class FrozenLLM:
     `seen` keeps the image tokens of the latest pictures. A learned `prefix` makes a cache for so many stories that
     begins with it. `bos_id` is the id that an adapter's prompts begin with, None where the tokenizer decides.
     `unmerged_lora` is LoRA of quantized weights: `read` applies it, `causal_lm` called by itself does not.
+    `tied_head`: whether embedding and head are one matrix. It is found out once, when the LLM is loaded: later a host
+    may have put other tensors in place of the weights, as ComfyUI's patches do, and the tie no longer shows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,6 +53,12 @@ class FrozenLLM:
     family: Family = field(default_factory=Family)
     bos_id: int | None = None
     unmerged_lora: tuple[UnmergedLora, ...] = ()
+    tied_head: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.tied_head is None:
+            embedding, head = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()
+            object.__setattr__(self, "tied_head", head is not None and head.weight is embedding.weight)
 
     @property
     def has_vision(self) -> bool:

@@ -6,6 +6,7 @@ Names and shapes come from ComfyUI's own modules on the meta device; the values 
 that the 6.9 GB of an SDXL never stand in memory.
 """
 
+import inspect
 import json
 import math
 import sys
@@ -56,7 +57,10 @@ def tensors():
     text_encoder = config.clip_target().clip(device="meta", dtype=HALF)
     with torch.device("meta"):
         autoencoder = AutoencoderKL(ddconfig=AUTOENCODER, embed_dim=4)
-    return model.state_dict_for_saving(text_encoder.state_dict(), autoencoder.state_dict())
+    parts = [text_encoder.state_dict(), autoencoder.state_dict()]
+    if "unet_state_dict" in inspect.signature(model.state_dict_for_saving).parameters:  # later than 0.8
+        parts.insert(0, model.diffusion_model.state_dict())
+    return model.state_dict_for_saving(*parts)
 
 
 def deviation(name, shape):

@@ -148,6 +148,20 @@ def test_without_the_adapter_nothing_of_it_is_left(server, graph):
     assert again.outputs["view"]["text"] == first
 
 
+def test_an_adapter_at_other_strengths_leaves_later_stories_as_they_were(server, graph):
+    rounds = iter(range(1, 10))
+
+    def text(strength):
+        told = graph(scenes=1, seed=61)
+        told["adapter"]["inputs"]["strength"] = strength
+        told["story"]["inputs"]["text"] += " " * next(rounds)  # so that nothing comes from the cache
+        return server.run(told).outputs["view"]["text"]
+
+    first = text(1.0)
+    found = [text(strength) for strength in (0.9, 1.0, 0.5, 1.0)]
+    assert found[1] == found[3] == first and found[2] != first
+
+
 def test_a_mapper_for_another_model_is_refused_before_the_sampler(server, graph, tmp_path):
     prompt = graph(scenes=1, seed=61)
     make_sd15_mapper(server.base / "models" / "voken_mappers" / "sd15.safetensors")
