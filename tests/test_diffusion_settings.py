@@ -171,6 +171,7 @@ def test_latents_losses_and_pictures_follow_the_size(folders, family):
     assert diffusion.generate(answer, diffusion.encode([""]))[0].size == (side, side)
 
 
+@pytest.mark.slow
 def test_a_training_is_shown_and_previews_pictures_of_the_recipes_size(recipe, tmp_path):
     seen = []
 

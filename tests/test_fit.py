@@ -118,6 +118,7 @@ def test_a_mapper_for_a_space_of_its_own_name_is_saved_and_loaded(states, target
 # Fitting
 
 
+@pytest.mark.slow
 def test_a_linear_target_is_learned():
     states = noise(64, 3, 16)
     tokens = (states.flatten(1) @ noise(48, 12, seed=1) / 7).view(64, 2, 6)
@@ -128,6 +129,7 @@ def test_a_linear_target_is_learned():
     assert (fitted.mapper(states).tokens - tokens).square().mean() < 0.1 * tokens.var()
 
 
+@pytest.mark.slow
 def test_each_scene_learns_the_target_its_row_says(states):
     tokens = torch.stack([torch.full((2, 6), -1.0), torch.full((2, 6), 1.0)])
     rows = [0, 1] * 6
@@ -136,6 +138,7 @@ def test_each_scene_learns_the_target_its_row_says(states):
     assert torch.equal((answer.mean((1, 2)) > 0), torch.tensor(rows).bool())
 
 
+@pytest.mark.slow
 def test_the_answer_to_dropped_states_becomes_that_to_the_empty_text(states, targets):
     fitted = fit_mapper(states, targets, FitSettings(steps=150, batch=12, rate=3e-3, dropout=0.5))
     negative = fitted.mapper.negative()

@@ -131,6 +131,7 @@ def of_sd(check):
     return pytest.mark.parametrize("kind", values)
 
 
+@pytest.mark.slow
 @of_sd("train")
 def test_models_of_sds_kind_train_and_stay_as_they_were(recipe, predicting, kind, tmp_path):
     found = []

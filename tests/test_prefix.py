@@ -64,6 +64,7 @@ def test_cached_batched_and_alone_are_one_with_a_prefix(tiny_llm_folder, tmp_pat
     assert not torch.allclose(plain.voken_states, alone[0].voken_states, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_finetune_trains_prefix_rows_and_mapper_and_nothing_else(
     tiny_llm_folder, tiny_diffusion_folder, tmp_path
 ):

@@ -97,6 +97,7 @@ def test_an_image_adapter_is_trained_and_lets_its_llm_see(trained, tiny_llm_fold
     assert llm.see(torch.rand(64, 64, 3)).shape == (4, 32)
 
 
+@pytest.mark.slow
 def test_stories_with_pictures_finetune_and_leave_the_encoder_as_it_was(trained, tmp_path):
     folder, parts = trained
     file = folder / "sight" / IMAGE_ADAPTER

@@ -71,6 +71,7 @@ def test_the_shorter_side_becomes_256():
     assert resized(picture(0, (100, 100)), 256).size == (256, 256)
 
 
+@pytest.mark.slow
 @needs("torch_fidelity")
 def test_inceptions_own_class_reads_pictures_of_any_size(fidelity, tmp_path):
     """With random weights in the file's layout; the class itself resizes to 299 x 299."""
