@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .compat import link, schema
 from .sockets import LLM, MAPPER, STORY
-from .turn import PICTURES_TOO, SEEDS, preset_input, sampling_inputs, sight_input
+from .turn import PICTURES_TOO, SEEDS, llm_reads_input, preset_input, sampling_inputs
 
 SIZE = "In pixels: 128 for the storybook, which draws nonsense at other sizes; 512 for SD 1.5, 1024 for SDXL."
 
@@ -75,7 +75,7 @@ class Interleaver(io.ComfyNode):
                     "and height then do nothing.",
                 ),
                 preset_input(),
-                sight_input(),
+                llm_reads_input(),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),

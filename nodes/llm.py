@@ -136,7 +136,8 @@ class LoadAdapter(io.ComfyNode):
         folder = folders.find_adapter(adapter_name)
         trouble = f"The adapter {adapter_name} does not fit the LLM {llm.name}"
         with reading(trouble, folder, OTHER_LLM):
-            adapter = read_adapter(folder, llm.frozen.causal_lm, llm.frozen.voken_ids)
+            own = llm.frozen
+            adapter = read_adapter(folder, own.causal_lm, own.voken_ids, own.tied_head)
         if adapter.prefix is not None and strength != 1:
             raise ValueError(
                 f"strength is {strength:g}: {adapter_name} is a learned prefix, which can only be used at 1."

@@ -24,7 +24,7 @@ log = logging.getLogger("minigpt5")
 
 PICTURES = ["after_text", "when_asked", "first", "none"]
 PRESETS = ["off", "default", "published_vist", "published_mmdialog", "published_cc3m"]
-PICTURES_TOO, WORDS_ONLY = SEES = ["pictures_too", "words_only"]
+PICTURES_TOO, WORDS_ONLY = LLM_READS = ["pictures_too", "words_only"]
 SEEDS = 0xFFFFFFFFFFFFFFFF
 
 
@@ -67,15 +67,15 @@ def preset_input() -> io.Input:
     )
 
 
-def sight_input() -> io.Input:
+def llm_reads_input() -> io.Input:
     """Whether an LLM that sees is shown the pictures; the same widget in Story Turn and Interleaver."""
     return io.Combo.Input(
         "llm_reads",
         optional=True,
-        options=SEES,
+        options=LLM_READS,
         default=PICTURES_TOO,
         tooltip="words_only: an LLM that sees is not shown the story's pictures. For a checkpoint that draws otherwise "
-        "than what its eyes were trained on, such as the storybook's eyes and your own checkpoint.",
+        "than the pictures it learned to see by, such as your own checkpoint beside the storybook's LLM.",
     )
 
 
@@ -125,7 +125,7 @@ class StoryTurn(io.ComfyNode):
                     tooltip="How many pictures one turn may ask for; Vokens to Conditioning takes them one by one.",
                 ),
                 preset_input(),
-                sight_input(),
+                llm_reads_input(),
             ],
             outputs=[
                 STORY.Output("told", display_name="story"),

@@ -373,6 +373,12 @@ def test_a_conversion_that_fails_leaves_the_old_folder_and_nothing_else(publishe
 def test_an_adapter_of_whole_matrices_does_not_fit_an_llm_with_one_for_both(converted, tiny_llm):
     with pytest.raises(BadInputError):
         read_adapter(converted / "two" / "adapter", tiny_llm.causal_lm, tiny_llm.voken_ids)
+    own = load_llm(converted / "llm")
+    read_adapter(converted / "two" / "adapter", own.causal_lm, own.voken_ids, own.tied_head)
+    with pytest.raises(
+        BadInputError, match="one matrix for both"
+    ):  # as it was loaded, whatever a host did since
+        read_adapter(converted / "two" / "adapter", own.causal_lm, own.voken_ids, tied_head=True)
 
 
 # In the main job

@@ -56,8 +56,13 @@ class Adapter:
     bos_id: int | None = None
 
 
-def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int]) -> Adapter:
-    """The adapter in a PEFT folder; BadInputError unless it is whole and made for this LLM and its vokens."""
+def read_adapter(
+    folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int], tied_head: bool | None = None
+) -> Adapter:
+    """The adapter in a PEFT folder; BadInputError unless it is whole and made for this LLM and its vokens.
+
+    `tied_head` says whether the LLM has one matrix for embedding and head (None: look): see `FrozenLLM.tied_head`.
+    """
     _check_files(folder)
     config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     _check_config(config)
@@ -82,7 +87,9 @@ def read_adapter(folder: Path, causal_lm: PreTrainedModel, voken_ids: list[int])
     }
     scale = config["lora_alpha"] / config["r"] if lora else 1.0
     whole = {name: plain[f"{name}.weight"] for name in _tables(causal_lm) if f"{name}.weight" in plain}
-    if whole and causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight:
+    if tied_head is None:
+        tied_head = causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+    if whole and tied_head:
         raise BadInputError(
             f"The adapter in {folder} holds an embedding and a head, but this LLM has one matrix for both. {OTHER_LLM}"
         )

@@ -120,7 +120,7 @@ def load_adapter(llm: FrozenLLM, folder: Path) -> FrozenLLM:
     no whole PEFT adapter or was trained for another LLM.
     """
     with reading(f"The adapter in {folder} does not fit an LLM of width {llm.width}", folder, OTHER_LLM):
-        adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids)
+        adapter = read_adapter(folder, llm.causal_lm, llm.voken_ids, llm.tied_head)
     mergeable, unmerged = split_quantized_lora(llm.causal_lm, adapter)
     merge_adapter(llm.causal_lm, mergeable)
     return llm.with_adapter(adapter, unmerged.to(llm.device) if unmerged else None)

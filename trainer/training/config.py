@@ -136,9 +136,9 @@ class LossConfig:
 
     `caption_target`: "standardised" (per token and dimension, over the captions) or "raw" (as published). `image_from`
     is the share of the steps after which the diffusion loss joins in; where there is no picture to be had, it is off.
-    `min_snr_gamma` is for models that predict noise
-    or velocity at a timestep; for SD3 and Flux the draw of the timestep is the weight. `dropout` is the share of the
-    samples whose voken states are replaced by zeros, for classifier-free guidance.
+    `min_snr_gamma` is for models that predict noise or velocity at a timestep; SD3 and Flux are weighed by how often a
+    timestep is drawn. `dropout` is the share of the samples whose voken states are replaced by zeros, for
+    classifier-free guidance.
     """
 
     text_weight: float = 0.01
