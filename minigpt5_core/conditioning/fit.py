@@ -197,12 +197,24 @@ class _CaptionLoss:
         wanted = self.targets.rows(rows)
         empty = self.targets.empty
         tokens = torch.where(dropped[:, None, None], empty.tokens, wanted.tokens).to(self.device)
+        pooled = None
+        if wanted.pooled is not None and empty.pooled is not None:
+            pooled = torch.where(dropped[:, None], empty.pooled, wanted.pooled).to(self.device)
         answer = self.mapper(kept.to(self.device))
-        loss = caption_loss(answer.tokens, tokens, self.std)
-        if answer.pooled is None or wanted.pooled is None or empty.pooled is None:
-            return loss
-        pooled = torch.where(dropped[:, None], empty.pooled, wanted.pooled).to(self.device)
-        return loss + caption_loss(answer.pooled[:, None], pooled[:, None], self.pooled_std)
+        return answer_loss(answer, Conditioning(tokens, pooled), self.std, self.pooled_std)
+
+
+def answer_loss(
+    answer: Conditioning, wanted: Conditioning, std: Tensor | None = None, pooled_std: Tensor | None = None
+) -> Tensor:
+    """The caption loss of tokens (B, T, C), and where both have one that of the pooled vector (B, P), counted alike.
+
+    In units of `std` (T, C) and `pooled_std` (1, P) where they are given.
+    """
+    loss = caption_loss(answer.tokens, wanted.tokens, std)
+    if answer.pooled is None or wanted.pooled is None:
+        return loss
+    return loss + caption_loss(answer.pooled[:, None], wanted.pooled[:, None], pooled_std)
 
 
 def _check(states: Tensor, targets: Targets, rows: Sequence[int], settings: FitSettings) -> None:

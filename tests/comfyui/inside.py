@@ -1,12 +1,14 @@
 """Runs in ComfyUI's own Python, from its folder: our loaders' objects, computed with and written out as numbers.
 
-python inside.py PACK OUT.safetensors models|adapter|packed|flow IN.safetensors
+python inside.py PACK OUT.safetensors models|adapter|packed|flow|fit IN.safetensors
 """
 
 import asyncio
 import importlib.util
+import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 pack_folder, out, job, given = sys.argv[1:]
 sys.argv = [sys.argv[0], "--cpu"]  # what ComfyUI's own command line reads
@@ -119,7 +121,71 @@ def flow(nodes, given_values):
     return {"latents": drawn["samples"], "refused": torch.tensor(refused)}
 
 
+def random_clip(kind):
+    """The text encoders of SD3 or Flux as ComfyUI loads them, in their full widths and three layers deep, of noise.
+
+    The files hold no more than what each is known by.
+    """
+    short = {"num_layers": 3, "num_hidden_layers": 3}
+    options = {f"{name}_model_config": short for name in ("t5xxl", "clip_l", "clip_g")}
+    known_by = {
+        "l": {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(3072, 768)},
+        "g": {"text_model.encoder.layers.30.mlp.fc1.weight": torch.zeros(5120, 1280)},
+        "t5": {"encoder.block.23.layer.1.DenseReluDense.wi_1.weight": torch.zeros(10240, 4096)},
+    }
+    parts, family = {"sd3": ("lgt5", "SD3"), "flux": ("lt5", "FLUX")}[kind]
+    files = [weights for name, weights in known_by.items() if name in parts]
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        files, clip_type=getattr(comfy.sd.CLIPType, family), model_options=options
+    )
+    torch.manual_seed(0)
+    for name, weight in clip.cond_stage_model.named_parameters():
+        if weight.ndim < 2:
+            weight.data.fill_(float(name.endswith("weight")))
+        else:
+            weight.data.normal_(
+                std=0.02 if "embedding" in name or "shared" in name else weight[0].numel() ** -0.5
+            )
+    return clip
+
+
+def fit(nodes, given_values):
+    """Train Voken Mapper for SD3 or Flux, and what KSampler then draws in one step, with vokens and without."""
+    import folder_paths
+    from comfy_extras.nodes_flux import FluxGuidance
+    from pack.nodes.sockets import Vokens
+
+    kind = "flux" if "guidance" in given_values else "sd3"
+    folder_paths.folder_names_and_paths["voken_mappers"] = ([str(Path(given).parent)], {".safetensors"})
+    (llm,) = run(nodes["MiniGPT5LoadLLM"], "SmolLM2-135M-Instruct", "float32", 8)
+    (llm,) = run(nodes["MiniGPT5LoadAdapter"], llm, "storybook", 1.0)
+    train = nodes["MiniGPT5TrainMapper"]
+    train.hidden = SimpleNamespace(unique_id=None)
+    mapper, losses, _ = run(train, llm, random_clip(kind), "", "{caption}", kind, 20, 4, 1e-3, 0, 24)
+    model = comfy.sd.load_diffusion_model(str(Path(given).parent / "transformer.safetensors"))
+    vokens = Vokens(
+        torch.randn(1, 8, 576, generator=torch.Generator().manual_seed(0)), llm.name, llm.weights_hash
+    )
+    positive, negative = run(nodes["MiniGPT5VokensToConditioning"], vokens, mapper, 1, model)
+    if kind == "flux":
+        positive, negative = (run(FluxGuidance, one, 3.5)[0] for one in (positive, negative))
+    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+    drawn = [
+        comfyui_nodes.common_ksampler(model, 7, 1, 1.0, "euler", "simple", one, one, empty)[0]["samples"]
+        for one in (positive, negative)
+    ]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"{kind}: {mapper.header.space}, peak {peak:.2f} GB", file=sys.stderr)
+    sizes = (mapper.mapper.config.tokens, mapper.mapper.config.width, mapper.mapper.config.pooled_width)
+    return {
+        "losses": torch.tensor(losses["loss"]),
+        "sizes": torch.tensor(sizes),
+        "with": drawn[0],
+        "without": drawn[1],
+    }
+
+
 if __name__ == "__main__":
-    jobs = {"models": models, "adapter": adapter, "packed": packed, "flow": flow}
+    jobs = {"models": models, "adapter": adapter, "packed": packed, "flow": flow, "fit": fit}
     values = jobs[job](load_pack(), load_file(given))
     save_file({name: value.float().contiguous() for name, value in values.items()}, out)

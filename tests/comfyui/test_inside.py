@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minigpt5_core.conditioning.mapper_file import load_mapper
+
 PACK = Path(__file__).parents[2]
 STORYBOOK = PACK / "storybook"
 
@@ -199,3 +201,27 @@ def test_comfyui_draws_with_flux_from_vokens_what_diffusers_draws(inside, tmp_pa
     )
     assert found["refused"]
     assert (found["latents"] - expected).abs().max() < 1e-3 * (expected - other).abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "make", "given", "sizes"),
+    [
+        ("sd3", make_sd3, {}, [154, 4096, 2048]),
+        ("flux", make_flux, {"guidance": torch.tensor(3.5)}, [256, 4096, 768]),
+    ],
+)
+def test_a_mapper_is_fitted_to_text_encoders_of_full_width_and_drives_the_sampler(
+    inside, tmp_path, kind, make, given, sizes
+):
+    torch.manual_seed(0)
+    half = {name: weight.bfloat16() for name, weight in make().state_dict().items()}
+    save_file(half, tmp_path / "transformer.safetensors")
+    found = inside("fit", nothing=torch.zeros(1), **given)
+    assert found["sizes"].tolist() == sizes
+    assert len(found["losses"]) == 20
+    assert found["losses"][-5:].mean() < 0.9 * found["losses"][:5].mean()
+    assert found["with"].isfinite().all()
+    assert not torch.equal(found["with"], found["without"])
+    _, header = load_mapper(tmp_path / f"{kind}.safetensors")
+    assert header.space.name == kind

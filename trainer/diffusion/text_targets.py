@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from minigpt5_core.conditioning import Conditioning, Space
+from minigpt5_core.conditioning.fit import answer_loss
 from minigpt5_core.diffusion import space_of, space_of_widths
-from minigpt5_core.losses import Statistics, caption_loss
+from minigpt5_core.losses import Statistics
 
 from .base import FrozenDiffusion
 
@@ -35,9 +36,5 @@ class TextTargets:
 
     def loss(self, answer: Conditioning, texts: Sequence[str], standardised: bool) -> Tensor:
         """The distance of the mapper's answer from theirs, tokens and pooled counted alike."""
-        wanted = self.diffusion.encode(texts)
-        loss = caption_loss(answer.tokens, wanted.tokens, self.std if standardised else None)
-        if answer.pooled is None or wanted.pooled is None:
-            return loss
-        scale = self.pooled_std if standardised else None
-        return loss + caption_loss(answer.pooled[:, None], wanted.pooled[:, None], scale)
+        scales = (self.std, self.pooled_std) if standardised else (None, None)
+        return answer_loss(answer, self.diffusion.encode(texts), *scales)

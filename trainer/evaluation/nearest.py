@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.conditioning.fit import answer_loss
 from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import StoryCache
@@ -83,14 +83,7 @@ class Distances:
                 self.known[caption] = Conditioning(answer.tokens[row : row + 1], pooled)
 
     def _distance(self, one: Conditioning, other: Conditioning) -> float:
-        found = _spread_distance(one.tokens, other.tokens, self.std)
-        if one.pooled is not None and other.pooled is not None and self.pooled_std is not None:
-            found += _spread_distance(one.pooled, other.pooled, self.pooled_std[0])
-        return found
-
-
-def _spread_distance(one: Tensor, other: Tensor, std: Tensor) -> float:
-    return float(((one.float() - other.float()) / std.to(one.device)).square().mean())
+        return float(answer_loss(one, other, self.std.to(one.tokens.device), self.pooled_std))
 
 
 def nearest(
