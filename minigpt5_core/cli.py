@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from .errors import BadInputError, CancelledError
 from .llm.files import NAME, default_folder, get_llm, is_llm
 from .llm.precision import PRECISIONS
-from .story.pages import HTML, check_target, read_pictures, write_story
+from .story.pages import HTML, append_scene, check_target, read_pictures, write_story
 from .story.story import Scene, Story, load_story
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _tell_and_save(
     folder: Path,
     bars: "_Bars",
 ) -> None:
-    """Print the scenes as they come and write the story; what was told is written even if the rest fails."""
+    """Print the scenes as they come and write each at once: what was told is there even if the process is killed."""
     from .story.presets import PRESETS as presets
 
     settings = {name: value for name in ("steps", "guidance") if (value := getattr(given, name)) is not None}
@@ -215,6 +215,7 @@ def _tell_and_save(
             story = replace(story, scenes=(*story.scenes, Scene(scene.text)))
             pictures.append(scene.picture)
             bars.close()
+            (write_story if told == 1 else append_scene)(folder, story, pictures)
             print(f"{told}/{given.scenes}  {scene.text}", flush=True)
             if scene.dropped:
                 print(

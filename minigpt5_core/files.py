@@ -1,10 +1,14 @@
 """Folders written whole: everything goes into a draft beside the target, which then takes its place."""
 
+import glob
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED = 3600.0  # seconds since anything changed in a draft that nobody is taken to be writing any more
 
 
 @contextmanager
@@ -15,6 +19,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    restore(target)
     draft = draft_of(target)
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
@@ -42,3 +47,39 @@ def _take_place(draft: Path, target: Path) -> None:
         if old.exists() and not target.exists():
             old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Finishes what a process that was killed has left beside `folder`, which then is whole again.
+
+    Killed between the two renamings, it has left no `folder`, and a draft that was ready; the draft takes its place.
+    """
+    target = folder.resolve()
+    with suppress(OSError):  # where nothing may be renamed there is nothing to mend
+        for old in _beside(target, "old"):
+            if not target.exists():
+                draft = old.with_suffix(".new")
+                (draft if draft.is_dir() else old).rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        for draft in _beside(target, "new"):
+            if time.time() - draft.stat().st_mtime > ABANDONED:
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _beside(target: Path, kind: str) -> list[Path]:
+    return list(target.parent.glob(f".{glob.escape(target.name)}.*.{kind}"))
+
+
+def put(file: Path, content: bytes) -> None:
+    """Writes a file in one step, in the place of an earlier one. OSError where the disk refuses."""
+    part = part_of(file)
+    try:
+        part.write_bytes(content)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_of(file: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return file.with_name(f".{file.name}.part")

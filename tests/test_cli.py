@@ -13,6 +13,7 @@ from PIL import Image
 from minigpt5_core.cli import main
 from minigpt5_core.errors import BadInputError, CancelledError
 from minigpt5_core.story import Story, load_story
+from minigpt5_core.story.pages import read_pictures
 from minigpt5_core.story.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -236,6 +237,39 @@ def test_what_was_told_is_saved_when_someone_interrupts(
     assert len(load_story(Path("story")).scenes) == 2
     printed = capsys.readouterr()
     assert "Open " in printed.out and "Interrupted" in printed.err
+
+
+def test_every_scene_is_on_the_disk_before_the_next_one_is_told(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def tell(teller: Teller, story: Story, scenes: int, **settings: float) -> Iterator[ToldScene]:
+        for scene in told(teller, story, scenes, **settings):
+            yield scene
+            saved = load_story(Path("story"))
+            pictures = [picture for picture in read_pictures(saved, Path("story")) if picture]
+            seen.append((len(saved.scenes), len(pictures)))
+
+    told = Teller.tell
+    monkeypatch.setattr(Teller, "tell", tell)
+    assert main(["Mia", "--scenes", "3"]) == 0
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+    assert main(["--continue", "story", "--scenes", "2"]) == 0
+    assert seen[3:] == [(4, 4), (5, 5)]
+    assert not [path.name for path in Path("story").iterdir() if path.name.endswith(".part")]
+
+
+def test_a_story_that_was_killed_goes_on_and_is_replaced(pipeline: Pipeline) -> None:
+    assert main(["Mia", "--scenes", "2"]) == 0
+    (Path("story") / ".scene_03.png.part").write_bytes(b"half")
+    assert main(["--continue", "story", "--scenes", "1"]) == 0
+    assert len(load_story(Path("story")).scenes) == 3
+    assert not (Path("story") / ".scene_03.png.part").exists()
+    Path("story").rename(".story.17.old")
+    assert main(["--continue", "story", "--scenes", "1"]) == 0
+    assert len(load_story(Path("story")).scenes) == 4
+    assert not Path(".story.17.old").exists()
 
 
 def test_what_was_told_is_saved_when_the_pipeline_refuses_to_go_on(pipeline: Pipeline) -> None:

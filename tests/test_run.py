@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minigpt5_core.conditioning import Conditioning
+from minigpt5_core.errors import BadInputError
 from tests.stages import as_settings, train_align
 from trainer.cli import main, open_source
 from trainer.common.progress import Progress, Terminated, TrainingError, interrupts
@@ -66,6 +67,61 @@ def test_the_newest_states_and_the_best_one_are_kept(recipe, tmp_path):
         run.save_state(step, loss)
     assert run.kept() == {2: 1.0, 5: 3.0, 6: 2.0}
     assert states(tmp_path) == ["step_000002", "step_000005", "step_000006"]
+
+
+def open_run(recipe, out, resume=False):
+    return Run(recipe, out, start_accelerator(recipe, out), resume)
+
+
+def test_an_earlier_run_is_never_started_over_unasked(recipe, tmp_path):
+    open_run(recipe, tmp_path).save_state(3, 1.0)
+    with pytest.raises(BadInputError, match="saved after step 3.*--resume, name another folder, or delete"):
+        open_run(recipe, tmp_path)
+    assert states(tmp_path) == ["step_000003"]
+    assert open_run(recipe, tmp_path, resume=True).resuming
+
+
+def test_two_runs_never_write_into_one_folder(recipe, tmp_path):
+    first, second = open_run(recipe, tmp_path / "run"), open_run(recipe, tmp_path / "run")
+    first.begin("stories")
+    (tmp_path / "run" / "metrics.jsonl").write_text("kept")
+    with pytest.raises(BadInputError, match="Another process is training into"):
+        second.begin("stories")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "kept"
+    first.end()
+    second.begin("stories")
+    second.end()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    ["", '{"step": 2', "[]", "3", '{"step": "2", "loss": 1.0}', '{"step": 1, "loss": 1.0}', "[" * 10**5],
+)
+def test_a_state_that_was_not_written_to_its_end_is_none(recipe, tmp_path, broken):
+    run = open_run(recipe, tmp_path)
+    for step in (1, 2):
+        run.save_state(step, 1.0)
+    (tmp_path / "states" / "step_000002" / "step.json").write_text(broken)
+    asked = []
+    assert open_run(recipe, tmp_path, resume=True).resume(asked.append) == 1
+    assert [folder.name for folder in asked] == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    "cut", ['{"step": 3, "capt', "null", "\x00\x00", '{"step": 3, "caption": "x"}', "[" * 10**5]
+)
+def test_a_line_of_losses_that_the_power_went_off_in_does_not_count(recipe, tmp_path, cut):
+    run = open_run(recipe, tmp_path)
+    for step in (1, 2):
+        run.log(step, {"caption": 1.0})
+    run.save_state(2, 1.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(cut)
+    run = open_run(recipe, tmp_path, resume=True)
+    assert run.resume(lambda folder: None) == 2
+    assert [line["step"] for line in run.metrics()] == [1, 2]
+    run.log(3, {"caption": 0.5})
+    assert [line["step"] for line in run.metrics()] == [1, 2, 3]
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import io
 import os
 import re
 import unicodedata
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import BadInputError
-from ..files import draft_of, whole_folder
+from ..files import draft_of, put, restore, whole_folder
 from ..inside import lies_inside
 from ..rasters import open_picture
 from .story import FILE_NAME, Scene, Story
@@ -43,27 +44,52 @@ def write_story(
     bytes. BadInputError as for `check_target`, and where the disk refuses.
     """
     check_target(folder)
+    story = _with_names(story, pictures)
+    encoded = [None if picture is None else _png(picture) for picture in pictures]
+    with _writing(folder), whole_folder(folder) as draft:
+        (draft / FILE_NAME).write_bytes(story.to_json().encode())
+        (draft / STRIP).write_bytes(_png(draw_strip(story, pictures)))
+        (draft / HTML).write_bytes(render_html(story, encoded).encode())
+        (draft / MARKDOWN).write_bytes(render_markdown(story).encode())
+        for scene, picture in zip(story.scenes, pictures, strict=True):
+            if scene.picture and picture:
+                (draft / scene.picture).write_bytes(_png(picture, metadata))
+    return story
+
+
+def append_scene(folder: Path, story: Story, pictures: list[Image.Image | None]) -> None:
+    """Puts the newest scene into a folder that `write_story` has written with those before it.
+
+    The picture first, then story.json, each in one step: whenever the process dies, what was told can be gone on with.
+    Strip and pages show it when `write_story` has written them anew. BadInputError where the disk refuses.
+    """
+    story = _with_names(story, pictures)
+    with _writing(folder):
+        name, picture = story.scenes[-1].picture, pictures[-1]
+        if name and picture:
+            put(folder / name, _png(picture))
+        put(folder / FILE_NAME, story.to_json().encode())
+
+
+def _with_names(story: Story, pictures: list[Image.Image | None]) -> Story:
+    """The story with its pictures' file names."""
     pages = zip(story.scenes, pictures, strict=True)
     scenes = [
         Scene(scene.text, picture_name(number) if picture else None)
         for number, (scene, picture) in enumerate(pages, 1)
     ]
-    story = replace(story, scenes=tuple(scenes))
-    encoded = [None if picture is None else _png(picture) for picture in pictures]
+    return replace(story, scenes=tuple(scenes))
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turns what the disk refuses into BadInputError."""
     try:
-        with whole_folder(folder) as draft:
-            (draft / FILE_NAME).write_bytes(story.to_json().encode())
-            (draft / STRIP).write_bytes(_png(draw_strip(story, pictures)))
-            (draft / HTML).write_bytes(render_html(story, encoded).encode())
-            (draft / MARKDOWN).write_bytes(render_markdown(story).encode())
-            for scene, picture in zip(scenes, pictures, strict=True):
-                if scene.picture and picture:
-                    (draft / scene.picture).write_bytes(_png(picture, metadata))
+        yield
     except OSError as error:
         raise BadInputError(
             f"Cannot write the story to {folder}: {error.strerror}. Name another folder."
         ) from error
-    return story
 
 
 def check_target(folder: Path) -> None:
@@ -78,6 +104,7 @@ def check_target(folder: Path) -> None:
 
 def _check_target(folder: Path, cure: str) -> None:
     target = folder.resolve()
+    restore(target)
     with suppress(FileNotFoundError, NotADirectoryError):
         os.lstat(
             draft_of(target)
@@ -99,7 +126,7 @@ def _not_of_a_story(folder: Path) -> str | None:
     ours = {
         name
         for name in names
-        if name in (FILE_NAME, STRIP, HTML, MARKDOWN) or re.fullmatch(r"scene_\d+\.png", name)
+        if name in (FILE_NAME, STRIP, HTML, MARKDOWN) or re.fullmatch(r"scene_\d+\.png|\..+\.part", name)
     }
     return min(names - ours if FILE_NAME in names else names, default=None)
 

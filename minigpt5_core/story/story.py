@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
+from ..files import restore
 
 FORMAT_VERSION = 1
 FILE_NAME = "story.json"
@@ -65,6 +66,7 @@ class Story:
 
 def load_story(path: Path) -> Story:
     """The story in a story.json, or in the folder that holds one; BadInputError names the file."""
+    restore(path.parent if path.name == FILE_NAME else path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
         return Story.from_json(path.read_text(encoding="utf-8"))

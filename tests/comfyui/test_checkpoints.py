@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,8 +12,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from tests.chromium import needs_chromium
+
 HERE = Path(__file__).parent
 STORYBOOK = HERE.parents[1] / "storybook"
+SCREENSHOTS = HERE.parents[1] / ".screenshots"
+TEMPLATE = "Your checkpoint tells the story"
 WORKFLOW = "Any SD 1.5 or SDXL checkpoint with a mapper"
 GIGA = 1e9
 # Without --fp16-unet ComfyUI widens a UNet to float32 on a CPU: 10 GB for SDXL's. Its text encoders stay as they are.
@@ -192,3 +197,64 @@ def test_the_checkpoint_workflow_runs_with_files_of_ones_own(loaded):
     (page,) = result.outputs[save]["minigpt5_pages"]
     assert page["text"]
     check_picture(saved(server, page["picture"]))
+
+
+def test_a_mapper_is_fitted_to_the_checkpoints_text_encoders_and_drives_it(loaded, capsys):
+    kind, server = loaded
+    train = {
+        "llm": ["llm", 0], "clip": ["checkpoint", 1], "texts": "", "style": "a drawing of {caption}", "name": "fitted",
+        "steps": 20, "batch": 4, "learning_rate": 1e-3, "seed": 0, "scenes": 24,
+    }  # fmt: skip
+    graph = chain(kind) | {
+        "mapper": {"class_type": "MiniGPT5TrainMapper", "inputs": train},
+        "losses": {"class_type": "PreviewAny", "inputs": {"source": ["mapper", 1]}},
+    }
+    result = server.run(graph, timeout=900)
+    assert result.status == "success", result.error
+    losses = json.loads(result.outputs["losses"]["text"][0])["loss"]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    latent(server, result)
+    check_picture(saved(server, result.outputs["image"]["images"][0]))
+    with capsys.disabled():
+        print(
+            f"\n{kind}: 20 steps, loss {losses[0]:.2f} to {losses[-1]:.2f}, {result.seconds:.0f} s with loading; "
+            f"resident at most {resident(server, 'VmHWM'):.1f} GB with the mapped file"
+        )
+
+
+@needs_chromium
+def test_the_template_trains_and_tells_in_the_browser(loaded, browser):
+    """With fewer steps and smaller pictures than the template's, the rest as a user finds it."""
+    kind, server = loaded
+    if kind != "sd15":
+        pytest.skip("the template names SD 1.5")
+    changes = {
+        "CheckpointLoaderSimple": {"ckpt_name": "sd15.safetensors"},
+        "MiniGPT5TrainMapper": {"steps": 20, "scenes": 24},
+        "MiniGPT5Interleaver": {"scenes": 2, "steps": 1, "width": 64, "height": 64},
+    }
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    page = context.new_page()
+    page.goto(f"http://{server.address}")
+    page.wait_for_function("window.app?.extensionManager?.setting && window.app.graph", timeout=120_000)
+    page.locator(".templates-tab-button, button[aria-label*='Templates']").first.click()
+    page.get_by_text(re.compile("minigpt5", re.IGNORECASE)).first.click(timeout=60_000)
+    page.get_by_text(TEMPLATE, exact=True).first.click(timeout=60_000)
+    page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'MiniGPT5TrainMapper')")
+    page.evaluate(
+        """changes => {
+            for (const node of window.app.graph.nodes)
+                for (const widget of node.widgets ?? [])
+                    if (widget.name in (changes[node.type] ?? {})) widget.value = changes[node.type][widget.name];
+        }""",
+        changes,
+    )
+    page.get_by_role("button", name="Run", exact=True).first.click()
+    page.wait_for_function("document.querySelectorAll('.minigpt5-picture').length >= 4", timeout=900_000)
+    page.wait_for_timeout(1000)
+    SCREENSHOTS.mkdir(exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / "your_checkpoint.png")
+    assert (server.base / "models" / "voken_mappers" / "my_checkpoint.safetensors").is_file()
+    context.close()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -34,6 +35,8 @@ from ..llm.adapters import save_adapter
 from .build_mapper import mapper_space
 from .config import StageRecipe
 from .run_summary import card
+
+LOCK = ".lock"  # in the run's folder: one process at a time writes there
 
 
 def start_accelerator(recipe: StageRecipe, out: Path) -> Accelerator:
@@ -76,6 +79,12 @@ class Run:
         if out.is_file() or any(parent.is_file() for parent in out.parents):
             raise BadInputError(f"--out {out} lies at or below a file. Choose a folder.")
         self.resuming = resume or (restarted() and bool(self.kept()))
+        self.lock = FileLock(out / LOCK, blocking=False)
+        if not self.resuming and (kept := self.kept()):
+            raise BadInputError(
+                f"--out {out} holds an earlier run, saved after step {max(kept)}. Go on from there with --resume, name "
+                f"another folder, or delete {self.states} to start anew."
+            )
 
     @property
     def shards(self) -> bool:
@@ -95,13 +104,29 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.init_trackers(_project(self.recipe.run.tracker), config=_flat(asdict(self.recipe)))
 
+    def end(self) -> None:
+        """Lets others write into the folder again."""
+        self.lock.release()
+
     def _prepare_folder(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        if not self.resuming:  # or a later --resume would go on from another run
+        self._take_folder()
+        if not self.resuming:  # what is left there was never whole
             shutil.rmtree(self.states, ignore_errors=True)
             (self.out / "metrics.jsonl").unlink(missing_ok=True)
         text = json.dumps(self.describe(), indent=1) + "\n"
         (self.out / "run.json").write_text(text, encoding="utf-8")
+
+    def _take_folder(self) -> None:
+        """The lock goes with the process, however it ends."""
+        try:
+            self.lock.acquire()
+        except Timeout as error:
+            raise BadInputError(
+                f"Another process is training into --out {self.out}. Wait for its end, or name another folder."
+            ) from error
+        except NotImplementedError:  # a file system without locks
+            pass
 
     def describe(self) -> dict[str, Any]:
         """All that the run depends on."""
@@ -113,26 +138,28 @@ class Run:
         kept = self.kept()
         if not kept:
             raise BadInputError(
-                f"--resume: {self.out} holds no saved state. Leave --resume out to start anew."
+                f"--resume: {self.out} holds no saved state that is whole. Leave --resume out to start anew."
             )
         step = max(kept)
         load(self._state(step))
         if self.accelerator.is_main_process:
-            lines = self.metrics()
-            text = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
-            (self.out / "metrics.jsonl").write_text(text)
+            self._cut_metrics(step)
         return step
 
+    def _cut_metrics(self, step: int) -> None:
+        """Leaves out the steps after this one, which will be made again; at no moment is there less than before."""
+        text = "".join(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
+        fresh = self.out / "metrics.tmp"
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, self.out / "metrics.jsonl")
+
     def kept(self) -> dict[int, float]:
-        """The states there are: the mean loss before each, by step."""
-        found = {}
-        for file in self.states.glob("step_*/step.json"):  # written last
-            values = json.loads(file.read_text())
-            found[values["step"]] = values["loss"]
-        return found
+        """The states that are whole: the mean loss before each, by step."""
+        marks = (_mark(file) for file in self.states.glob("step_*/step.json"))  # written last
+        return dict(mark for mark in marks if mark is not None)
 
     def _state(self, step: int) -> Path:
-        return self.states / f"step_{step:06d}"
+        return self.states / _name(step)
 
     def save_state(self, step: int, loss: float = math.inf) -> None:
         """Writes the whole state beside its place and moves it there; then drops all but the newest few and the best.
@@ -181,9 +208,12 @@ class Run:
         self.accelerator.log(losses, step=step)
 
     def metrics(self) -> list[dict[str, float]]:
-        """All steps' losses so far."""
+        """All steps' losses so far; a line that the power went off in is left out."""
         file = self.out / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        if not file.is_file():
+            return []
+        lines = (_losses(line) for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
+        return [line for line in lines if line is not None]
 
     def save_result(self, mapper: Mapper, adapted: PeftModel, llm_folder: Path, step: int) -> None:
         """Writes what the main job loads: `mapper.safetensors` and the PEFT folder `adapter/`."""
@@ -215,6 +245,31 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         grid(pictures, 4).save(self.out / f"preview_{step:06d}.png")
+
+
+def _mark(file: Path) -> tuple[int, float] | None:
+    """The step of a saved state and the loss before it; None where the file is not what was written last."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        step, loss = found["step"], found["loss"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    fits = type(step) is int and file.parent.name == _name(step) and type(loss) in (int, float)
+    return (step, float(loss)) if fits else None
+
+
+def _losses(line: str) -> dict[str, float] | None:
+    """A step's losses; None for a line that is not whole."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    numbers = isinstance(found, dict) and all(type(value) in (int, float) for value in found.values())
+    return found if numbers and type(found.get("step")) is int else None
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def _project(tracker: str) -> str:

@@ -231,6 +231,18 @@ def train(
 
     Ctrl-C and SIGTERM end the step, save, and are passed on as KeyboardInterrupt and Terminated.
     """
+    try:
+        _train(loop, batches, preview)
+        if loop.is_main:
+            with loop.averaged():
+                save(loop.settings.steps)
+    finally:
+        loop.run.end()
+
+
+def _train(
+    loop: TrainLoop, batches: Callable[[int], Sequence[Batch]], preview: Callable[[int], None]
+) -> None:
     run, steps, settings = loop.run, loop.settings.steps, loop.run.recipe.run
     start = run.resume(loop.load_state) if run.resuming else 0
     if loop.average is not None:
@@ -258,9 +270,6 @@ def train(
                     print(f"interrupted: {run.safe()} Go on with --resume.")
                 raise (interrupted or [Terminated()])[0]  # or another process was asked
     loop.accelerator.end_training()
-    if loop.is_main:
-        with loop.averaged():
-            save(steps)
 
 
 def _step(loop: TrainLoop, step: int, batches: Callable[[int], Sequence[Batch]]) -> dict[str, float]:
