@@ -48,7 +48,13 @@ def default_llm() -> Path:
 
 def default_folder() -> Path:
     """Where `default_llm` puts the LLM, whether it is there yet or not: minigpt5 in XDG_CACHE_HOME or ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user whom the system knows by number alone, as in many containers
+        raise BadInputError(
+            "There is no home folder to keep the language model in. Set HOME or XDG_CACHE_HOME to a folder that can be "
+            "written."
+        ) from error
     return Path(cache) / "minigpt5" / NAME
 
 
