@@ -72,7 +72,8 @@ def test_the_reader_of_imports_sees_through_relative_imports(
 CORE_ROOMS = (
     "errors", "versions", "config", "files", "inside", "rasters", "own_code", "model_index", "reading", "tensor_files",
     "vokens", "losses", "metrics",
-    "conditioning", "vision", "llm", "generate", "story", "diffusion", "pipeline", "published", "console", "cli", "__main__",
+    "conditioning", "vision", "llm", "generate", "story", "diffusion", "pipeline", "published", "console", "cli",
+    "__main__",
 )  # fmt: skip
 CORE_FILES = [
     path
