@@ -243,12 +243,14 @@ def _open_turn(request: str) -> Turn:
 
 
 def _progress(total: int) -> Callable[[int], bool]:
-    """Advances ComfyUI's progress bar at every token, which raises when the user has pressed Cancel."""
+    """Advances ComfyUI's progress bar at every token, and raises when the user has pressed Cancel."""
+    import comfy.model_management as management
     import comfy.utils
 
     bar = comfy.utils.ProgressBar(total)
 
     def tick(row: int) -> bool:
+        management.throw_exception_if_processing_interrupted()  # newer bars look ten times a second at most
         bar.update(1)
         return False
 

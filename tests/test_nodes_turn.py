@@ -316,6 +316,21 @@ def test_an_adapted_llm_is_loaded_with_its_adapter(pack, host, tell, llm, openin
     assert host("comfy.model_management").loads[-1]["models"] == [adapted.patcher]
 
 
+def test_cancel_is_heard_at_every_token_whatever_the_bar_does(host, tell, opening, monkeypatch):
+    management = host("comfy.model_management")
+    asked, plain = [], management.throw_exception_if_processing_interrupted
+
+    def ask():
+        asked.append(1)
+        management.interrupted.extend([True] * (len(asked) == 3))
+        plain()
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", ask)
+    with pytest.raises(management.InterruptProcessingException):
+        tell(opening)
+    assert len(asked) == 3
+
+
 def test_every_token_ticks_comfyuis_bar(host, tell, opening):
     ticks = []
     host("comfy.utils").set_progress_bar_global_hook(

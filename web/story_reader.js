@@ -54,7 +54,9 @@ async function recall() {
   const answer = await api.fetchApi(`/history?max_items=${RUNS_LOOKED_AT}`);
   const runs = answer.ok ? Object.values(await answer.json()).reverse() : [];
   const run = runs.find((run) => run.prompt?.[3]?.extra_pnginfo?.workflow?.id === id);
-  if (run && rootGraph().id === id && isEmpty()) restore(run.outputs);
+  if (rootGraph().id !== id) return; // another workflow was opened in the meantime
+  restore(app.nodeOutputs); // of the run that was asked for, in a frontend that does not say so
+  if (run && isEmpty()) restore(run.outputs);
 }
 
 function removeWidget(node, name) {
