@@ -27,7 +27,7 @@ export function* nodesBehind(graph, output) {
 function* linkedNodes(graph, id) {
   const link = graph.getLink?.(id) ?? graph.links[id];
   if (!link) return;
-  if (link.target_id === SUBGRAPH_OUTPUT) {
+  if (Number(link.target_id) === SUBGRAPH_OUTPUT) { // newer frontends have ids as texts
     const places = allNodes().filter((node) => node.subgraph === graph);
     for (const node of places) yield* nodesBehind(node.graph, node.outputs[link.target_slot]);
     return;

@@ -104,6 +104,6 @@ app.registerExtension({
 
   afterConfigureGraph() {
     restore(app.nodeOutputs); // older frontends bring a run's outputs along
-    recall(); // not waited for: the workflow is there without it
+    recall().catch(() => {}); // not waited for; without a server there is nothing to remember
   },
 });

@@ -1,0 +1,106 @@
+"""The story reader in a real browser: what was told is there again, and subgraphs do not stand in its way."""
+
+import pytest
+
+from tests.chromium import needs_chromium
+
+from .test_browser import keep, load, open_page, page_of_own, run, wait_for_end  # noqa: F401  # a fixture too
+
+pytestmark = needs_chromium
+
+STORY, VIEW = 2, 3  # in the workflow of page_of_own
+EVERY_NODE = "[window.app.graph, ...window.app.graph.subgraphs.values()].flatMap(graph => graph.nodes)"
+
+
+def command(page, name):
+    page.evaluate("name => window.app.extensionManager.command.execute(name)", name)
+    page.wait_for_timeout(1000)
+
+
+def read(page):
+    """The texts in the view node's reader, wherever it is."""
+    node = f"{EVERY_NODE}.find(node => node.type === 'MiniGPT5ViewStory')"
+    return page.evaluate(f"{node}?.storyReader.pages.map(page => page.text)")
+
+
+def wait_to_read(page, text):
+    for _ in range(60):
+        if read(page) == [text]:
+            return
+        page.wait_for_timeout(250)
+    raise AssertionError(f"{read(page)} is shown, not {text!r}")
+
+
+def tell(page, server, text):
+    load(page, page_of_own(server, text))
+    run(page)
+    wait_to_read(page, text)
+    wait_for_end(page)
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "nodes 2.0"])
+def page(request, open_page):  # noqa: F811
+    page = open_page()
+    page.evaluate(
+        "on => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", request.param
+    )
+    yield page
+    page.evaluate("window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+def test_a_story_is_there_again_after_another_tab_and_after_a_reload(page, server):
+    tell(page, server, "Leo the bear is on the beach.")
+    command(page, "Comfy.NewBlankWorkflow")
+    assert read(page) is None
+    page.route("**/history?*", lambda route: route.abort())  # the tab's own outputs are enough
+    command(page, "Workspace.PreviousOpenedWorkflow")
+    wait_to_read(page, "Leo the bear is on the beach.")
+    assert not page.evaluate(f"window.app.graph.getNodeById({VIEW}).imgs?.length")  # nor a preview beside it
+    page.unroute("**/history?*")
+    page.wait_for_timeout(1500)  # the draft is saved
+    page.reload()
+    page.wait_for_function(
+        "window.app?.extensionManager?.setting && window.app.graph?.nodes.length", timeout=120_000
+    )
+    wait_to_read(page, "Leo the bear is on the beach.")
+    keep(page, "story_after_a_reload")
+
+
+def test_a_run_opened_from_the_history_shows_its_own_story(page, server):
+    tell(page, server, "The first story.")
+    page.evaluate(f"window.app.graph.getNodeById({STORY}).widgets[0].value = 'The second story.'")
+    run(page)
+    wait_to_read(page, "The second story.")
+    wait_for_end(page)
+    page.evaluate(
+        """async () => {
+            const app = document.querySelector('#vue-app').__vue_app__;
+            const queue = app.config.globalProperties.$pinia._s.get('queue');
+            await queue.update();
+            await queue.historyTasks[1].loadWorkflow(window.app);
+        }"""
+    )
+    wait_to_read(page, "The first story.")
+    page.wait_for_timeout(1500)  # and nothing that comes later puts another in its place
+    wait_to_read(page, "The first story.")
+
+
+@pytest.mark.parametrize("inside", [[VIEW], [STORY], [STORY, VIEW]], ids=["view", "story", "both"])
+def test_a_story_grows_in_and_out_of_a_subgraph(page, server, inside):
+    load(page, page_of_own(server, "Mia the fox."))
+    page.wait_for_timeout(500)
+    page.evaluate(
+        "ids => window.app.canvas.selectItems(ids.map(id => window.app.graph.getNodeById(id)))", inside
+    )
+    command(page, "Comfy.Graph.ConvertToSubgraph")
+    assert page.evaluate("window.app.graph.subgraphs.size") == 1
+    page.evaluate(
+        f"""{EVERY_NODE}.find(node => node.type === 'MiniGPT5Story')
+            .onExecuted({{ minigpt5_pages: [{{ text: 'So far.', picture: null }}] }})"""
+    )
+    assert read(page) == ["So far."]
+    run(page)
+    wait_to_read(page, "Mia the fox.")
+    command(page, "Comfy.NewBlankWorkflow")
+    command(page, "Workspace.PreviousOpenedWorkflow")
+    wait_to_read(page, "Mia the fox.")
