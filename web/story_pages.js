@@ -43,7 +43,7 @@ function button(className, label, symbol, action) {
   return element;
 }
 
-/** The story in a node: `element` is put into it, `show(pages)` fills it; pages are {text, picture: file or null}. */
+/** The story in a node: `element` is put into it, `show(pages)` fills it; pages are {text, picture: file or null, note}. */
 export class StoryReader {
   constructor(pictureUrl, locale = "en") {
     this.pictureUrl = pictureUrl;
@@ -94,16 +94,17 @@ export class StoryReader {
     return element;
   }
 
-  /** The picture, if there is one, and the text. */
+  /** The picture, if there is one, the text, and what is to be said of the page. */
   content(page, index) {
     const text = create("p", "minigpt5-text", page.text);
     text.dir = "auto"; // right-to-left scripts
-    if (!page.picture) return [text];
+    const notes = page.note ? [create("p", "minigpt5-note", page.note)] : [];
+    if (!page.picture) return [text, ...notes];
     const picture = create("img", "minigpt5-picture");
     picture.src = this.pictureUrl(page.picture);
     picture.alt = this.labels.picture(index + 1);
     picture.draggable = false;
-    return [picture, text];
+    return [picture, text, ...notes];
   }
 
   /** The reading view, at one page. */

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js";
 import { allNodes, findNode, nodesBehind, rootGraph } from "./story_graph.js";
 import { StoryReader } from "./story_pages.js";
 
+const NOTED = ["MiniGPT5Interleaver", "MiniGPT5StoryTurn"]; // say what is to be said of the pages
 const READERS = ["MiniGPT5ViewStory", "MiniGPT5SaveStory"];
 const STORY = "MINIGPT5_STORY";
 const RUNS_LOOKED_AT = 32; // of the server's history
@@ -93,6 +94,12 @@ app.registerExtension({
       onExecuted?.call(this, output);
       if (output?.minigpt5_pages) show(this, output.minigpt5_pages);
     };
+  },
+
+  setup() {
+    api.addEventListener("execution_start", () => {
+      for (const node of allNodes()) if (NOTED.includes(node.comfyClass)) removeWidget(node, TEXT_WIDGET);
+    });
   },
 
   nodeCreated(node) {

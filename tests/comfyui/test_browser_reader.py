@@ -4,7 +4,8 @@ import pytest
 
 from tests.chromium import needs_chromium
 
-from .test_browser import keep, load, open_page, page_of_own, run, wait_for_end  # noqa: F401  # a fixture too
+from .test_browser import keep, load, page_of_own, read_workflow, run, set_widgets, wait_for_end
+from .test_browser import open_page as open_page  # the fixture
 
 pytestmark = needs_chromium
 
@@ -104,3 +105,38 @@ def test_a_story_grows_in_and_out_of_a_subgraph(page, server, inside):
     command(page, "Comfy.NewBlankWorkflow")
     command(page, "Workspace.PreviousOpenedWorkflow")
     wait_to_read(page, "Mia the fox.")
+
+
+def test_what_is_to_be_said_of_a_page_stands_on_it_and_on_the_node_until_the_next_run(page, request):
+    load(page, read_workflow("Storybook quickstart"))
+    set_widgets(page, "MiniGPT5Interleaver", scenes=2, steps=2, instructions="A dragon.\nIt snows.")
+    seed = len(request.node.name)  # another one in each rendering, or the scenes would be kept
+    set_widgets(page, "MiniGPT5Interleaver", seed=seed)
+    run(page)
+    page.wait_for_function("document.querySelectorAll('.minigpt5-note').length >= 2", timeout=240_000)
+    wait_for_end(page)
+    notes = "document.querySelectorAll('.minigpt5-page .minigpt5-note')"
+    assert page.evaluate(f"[...{notes}].every(note => note.parentElement.ariaLabel.includes('1'))")
+    notice = "window.app.graph.nodes.find(node => node.type === 'MiniGPT5Interleaver').widgets"
+    said = f"{notice}.map(widget => String(widget.value)).filter(text => text.includes('dragon.'))"
+    assert any("Page 1: The storybook cannot draw" in text for text in page.evaluate(said))
+    keep(page, "what_cannot_be_drawn")
+    set_widgets(page, "MiniGPT5Interleaver", instructions="It snows.\nA key.")
+    run(page)
+    page.wait_for_timeout(1000)
+    wait_for_end(page)
+    assert not page.evaluate(f"{notes}.length")
+    assert not [text for text in page.evaluate(said) if "cannot draw" in text]
+
+
+def test_a_long_story_does_not_make_its_node_grow(page):
+    load(page, read_workflow("Storybook quickstart"))
+    page.wait_for_timeout(500)
+    view = "window.app.graph.nodes.find(node => node.type === 'MiniGPT5ViewStory')"
+    before = page.evaluate(f"{view}.size[1]")
+    page.evaluate(
+        f"{view}.onExecuted({{ minigpt5_pages: Array(40).fill({{ text: 'It snows.', picture: null }}) }})"
+    )
+    page.wait_for_timeout(1000)
+    assert page.evaluate(f"{view}.size[1]") == before
+    assert page.evaluate(f"{view}.storyReader.element.clientHeight") < before
