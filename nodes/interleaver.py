@@ -41,6 +41,7 @@ class Interleaver(io.ComfyNode):
                     "instructions",
                     multiline=True,
                     default="",
+                    placeholder="One line a scene, such as\nIt snows.\nMia finds a key.\nNight falls.",
                     tooltip="One line a scene: a hint at what should happen in it, which a small LLM may take its own "
                     "way. An empty line leaves it to the LLM; lines beyond the last scene wait.",
                 ),

@@ -124,6 +124,7 @@ export class StoryReader {
     dialog.setAttribute("aria-label", this.labels.story);
     this.spread = create("div", "minigpt5-spread");
     this.spread.setAttribute("aria-live", "polite");
+    this.spread.tabIndex = 0; // a long page scrolls by the keyboard too
     this.previousButton = button("minigpt5-turn", this.labels.previous, "‹", () => this.turnTo(this.current - 1));
     this.nextButton = button("minigpt5-turn", this.labels.next, "›", () => this.turnTo(this.current + 1));
     this.counter = create("span", "minigpt5-counter");
@@ -159,6 +160,7 @@ export class StoryReader {
     this.current = Math.max(0, Math.min(index, this.pages.length - 1));
     const page = this.pages[this.current];
     this.spread.replaceChildren(...this.content(page, this.current));
+    this.spread.scrollTop = 0;
     this.counter.textContent = this.labels.page(this.current + 1, this.pages.length);
     this.previousButton.setAttribute("aria-disabled", String(this.current === 0));
     this.nextButton.setAttribute("aria-disabled", String(this.current === this.pages.length - 1));

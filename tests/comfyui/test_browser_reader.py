@@ -140,3 +140,18 @@ def test_a_long_story_does_not_make_its_node_grow(page):
     page.wait_for_timeout(1000)
     assert page.evaluate(f"{view}.size[1]") == before
     assert page.evaluate(f"{view}.storyReader.element.clientHeight") < before
+
+
+def test_a_low_window_keeps_the_close_button_and_the_bar_in_sight(page):
+    load(page, read_workflow("Storybook quickstart"))
+    page.wait_for_timeout(500)
+    page.set_viewport_size({"width": 1200, "height": 420})
+    reader = "window.app.graph.nodes.find(node => node.type === 'MiniGPT5ViewStory').storyReader"
+    page.evaluate(f"{reader}.show([{{ text: 'It snows and the fox goes on. '.repeat(60), picture: null }}])")
+    page.evaluate(f"{reader}.open(0)")
+    page.locator(".minigpt5-spread").evaluate("spread => spread.scrollTo(0, 10_000)")
+    for part in (".minigpt5-close", ".minigpt5-bar"):
+        box = page.locator(part).bounding_box()
+        assert 0 <= box["y"] and box["y"] + box["height"] <= 420
+    page.locator(".minigpt5-close").click()
+    assert not page.locator("dialog.minigpt5-reading").count()
