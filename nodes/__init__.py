@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import folders
+from . import folders, keeping
 from .conditioning import LoadMapper, VokensToConditioning
 from .diffusers_models import LoadDiffusers
 from .interleaver import Interleaver
@@ -27,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     ViewStory,
     SaveStory,
     TrainMapper,
+    keeping.Keep,
 ]
 
 
@@ -35,4 +36,5 @@ class MiniGPT5Extension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         folders.register()
+        keeping.forget_when_freed()
         return NODES

@@ -136,8 +136,8 @@ def _states(vokens: Vokens, picture: int) -> Any:
         )
     if picture > count:
         raise ValueError(
-            f"This turn has {count} picture(s); picture is set to {picture}. Set it to {count} or less, or raise "
-            "max_pictures in Story Turn."
+            f"This turn has {count} picture(s); picture is set to {picture}. Set it to {count} or less. Up to "
+            "max_pictures in Story Turn the LLM decides how many there are; the storybook's was trained to ask for one."
         )
     return vokens.states[picture - 1 : picture]
 

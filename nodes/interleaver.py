@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .compat import link, schema
+from .keeping import Keeper
 from .sockets import LLM, MAPPER, STORY
 from .turn import PICTURES_TOO, SEEDS, llm_reads_input, preset_input, sampling_inputs
 
@@ -40,6 +41,7 @@ class Interleaver(io.ComfyNode):
                     "instructions",
                     multiline=True,
                     default="",
+                    placeholder="One line a scene, such as\nIt snows.\nMia finds a key.\nNight falls.",
                     tooltip="One line a scene: a hint at what should happen in it, which a small LLM may take its own "
                     "way. An empty line leaves it to the LLM; lines beyond the last scene wait.",
                 ),
@@ -82,6 +84,7 @@ class Interleaver(io.ComfyNode):
                 io.Image.Output("images", display_name="images"),
                 io.String.Output("text", display_name="text"),
             ],
+            hidden=[io.Hidden.dynprompt],
         )
 
     @classmethod
@@ -89,17 +92,20 @@ class Interleaver(io.ComfyNode):
         from comfy_execution.graph_utils import GraphBuilder
 
         graph = GraphBuilder()
+        keeper = Keeper(graph, cls.hidden.dynprompt)
         story, size = inputs["story"], {"width": inputs["width"], "height": inputs["height"]}
         latent = inputs.get("latent") or graph.node("EmptyLatentImage", "latent", **size, batch_size=1).out(0)
         lines = inputs["instructions"].splitlines()
         for index in range(inputs["scenes"]):
             line = lines[index] if index < len(lines) else ""
-            story = _scene(graph, index, line, story, latent, inputs)
+            story = _scene(graph, keeper, index, line, story, latent, inputs)
         parts = graph.node("MiniGPT5StoryParts", "parts", story=story)
         return io.NodeOutput(story, parts.out(1), parts.out(2), expand=graph.finalize())
 
 
-def _scene(graph: Any, index: int, line: str, story: Any, latent: Any, inputs: dict[str, Any]) -> Any:
+def _scene(
+    graph: Any, keeper: Keeper, index: int, line: str, story: Any, latent: Any, inputs: dict[str, Any]
+) -> Any:
     """The nodes of one scene, named by its number; returns the link to the story with the scene in it."""
     name = f"scene_{index + 1}"
     seed = (inputs["seed"] + index) & SEEDS
@@ -116,10 +122,11 @@ def _scene(graph: Any, index: int, line: str, story: Any, latent: Any, inputs: d
         llm_reads=inputs.get("llm_reads", PICTURES_TOO),
         **sampling,
     )
+    told, vokens = keeper.keep(f"{name}_told", story=turn.out(0), vokens=turn.out(2))
     conditioning = graph.node(
         "MiniGPT5VokensToConditioning",
         f"{name}_conditioning",
-        vokens=turn.out(2),
+        vokens=vokens,
         mapper=inputs["mapper"],
         picture=1,
         model=inputs["model"],
@@ -140,4 +147,5 @@ def _scene(graph: Any, index: int, line: str, story: Any, latent: Any, inputs: d
     )
     decoded = graph.node("VAEDecode", f"{name}_decode", samples=drawn.out(0), vae=inputs["vae"])
     # turn and picture are shown on the Interleaver itself while the rest is still being told
-    return graph.node("MiniGPT5AddPicture", f"{name}_picture", story=turn.out(0), image=decoded.out(0)).out(0)
+    pictured = graph.node("MiniGPT5AddPicture", f"{name}_picture", story=told, image=decoded.out(0))
+    return keeper.keep(f"{name}_kept", story=pictured.out(0))[0]

@@ -45,7 +45,10 @@ def _preview(picture: Image.Image) -> File:
 
 def shown(story: StorySoFar, files: list[File | None]) -> dict[str, Any]:
     """Texts and pictures under ComfyUI's names, and the pages for web/story_reader.js."""
-    pages = [{"text": page.text, "picture": file} for page, file in zip(story.pages, files, strict=True)]
+    pages = [
+        {"text": page.text, "picture": file} | ({"note": page.note} if page.note else {})
+        for page, file in zip(story.pages, files, strict=True)
+    ]
     return {
         "text": [whole_text(story)],
         "images": [file for file in files if file],
@@ -68,6 +71,13 @@ def whole_text(story: StorySoFar) -> str:
 def show_text(story: StorySoFar, node_id: str | None) -> None:
     """The story's text in the node by ComfyUI's own widget, for a browser that does not run our JavaScript."""
     tell_user(whole_text(story), node_id)
+
+
+def show_notes(story: StorySoFar, node_id: str | None) -> None:
+    """What is to be said of the pages, in the node; web/story_reader.js takes it away when the next run begins."""
+    notes = [f"Page {number}: {page.note}" for number, page in enumerate(story.pages, 1) if page.note]
+    if notes:
+        tell_user("\n".join(notes), node_id)
 
 
 def tell_user(text: str, node_id: str | None) -> None:

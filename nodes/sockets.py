@@ -62,13 +62,15 @@ class LoadedMapper:
 class Page:
     """One scene: what was requested, its text, and the picture (H, W, 3) in [0, 1], if there is one.
 
-    `told`: an LLM told it, and its vokens come before the picture; else the page is the user's own.
+    `told`: an LLM told it, and its vokens come before the picture; else the page is the user's own. `note` is what
+    the user should know of it, such as words that cannot be drawn.
     """
 
     request: str
     text: str
     picture: Tensor | None = None
     told: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,9 +85,11 @@ class StorySoFar:
         """The story with one page more."""
         return replace(self, pages=(*self.pages, page))
 
-    def with_picture(self, picture: Tensor) -> StorySoFar:
-        """The story with a picture (H, W, 3) on its last page."""
-        return replace(self, pages=(*self.pages[:-1], replace(self.pages[-1], picture=picture)))
+    def with_picture(self, picture: Tensor, note: str = "") -> StorySoFar:
+        """The story with a picture (H, W, 3) on its last page, and what is to be said of it."""
+        last = self.pages[-1]
+        page = replace(last, picture=picture, note=f"{last.note} {note}".strip())
+        return replace(self, pages=(*self.pages[:-1], page))
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,8 @@ class AddPicture(io.ComfyNode):
             raise ValueError(
                 "The story has no page yet. Add pictures after a Story Turn, or give them to Story."
             )
-        illustrated = story.with_picture(_rgb(image)[0])
+        more = f"{len(image)} pictures were drawn; the page has the first." if len(image) > 1 else ""
+        illustrated = story.with_picture(_rgb(image)[0], more)
         return io.NodeOutput(illustrated, ui=told_so_far(illustrated))
 
 
@@ -143,12 +144,16 @@ def _roots() -> list[Path]:
 
 
 def saved_stories() -> list[str]:
-    """Folders with a story.json, named from the output or the input folder on, at most three levels down."""
-    found = set()
+    """Folders with a story.json, the newest first, named from the output or the input folder on.
+
+    They are at most three levels down; of two of one name the one that is read counts.
+    """
+    found: dict[str, float] = {}
     for root in _roots():
         for pattern in ("*/story.json", "*/*/story.json", "*/*/*/story.json"):
-            found |= {path.parent.relative_to(root).as_posix() for path in root.glob(pattern)}
-    return sorted(found)
+            for path in filter(Path.is_file, root.glob(pattern)):
+                found.setdefault(path.parent.relative_to(root).as_posix(), path.stat().st_mtime)
+    return sorted(found, key=lambda name: (-found[name], name))
 
 
 def _find_story(name: str) -> Path | None:

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from . import folders
 from .compat import schema
-from .preview import tell_user, told_so_far
+from .preview import show_notes, told_so_far
 from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ class StoryTurn(io.ComfyNode):
         way = _preset(preset, widgets, pictures, max_pictures)
         frozen = llm.frozen
         request = _request(story, instruction)
-        if folders.STORYBOOK_ADAPTER in llm.adapters:
-            _say_what_cannot_be_drawn(request, cls.hidden.unique_id)
+        note = _what_cannot_be_drawn(request) if folders.STORYBOOK_ADAPTER in llm.adapters else ""
+        show_notes(story.with_page(Page(request, "", note=note)), cls.hidden.unique_id)
         room = way.sampling.max_new_tokens + max_pictures * len(frozen.voken_ids)
         sees = llm.has_vision and llm_reads != WORDS_ONLY
         if sees:  # encoding pictures takes the weights, and the length of the prompt is known only afterwards
@@ -182,7 +182,8 @@ class StoryTurn(io.ComfyNode):
             reply = generate(frozen, [fitted.prompt], sampling, [seed], on_token=_progress(room))[0]
         text = way.told(frozen, turns, reply)
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
-        told = (story if story.pages else replace(story, seed=seed)).with_page(Page(request, text, told=True))
+        told = story if story.pages else replace(story, seed=seed)
+        told = told.with_page(Page(request, text, told=True, note=note))
         return io.NodeOutput(told, text, vokens, ui=told_so_far(told))
 
 
@@ -206,16 +207,16 @@ def _request(story: StorySoFar, instruction: str) -> str:
     return f"{story.prompt} {instruction}".strip()
 
 
-def _say_what_cannot_be_drawn(request: str, node_id: str | None) -> None:
-    """Names the words outside the storybook's world, in the log and on the node."""
+def _what_cannot_be_drawn(request: str) -> str:
+    """A line that names the words outside the storybook's world, in the log too; or nothing."""
     from ..minigpt5_core.story.storybook import unknown_words
 
-    if words := unknown_words(request):
-        message = (
-            f"The storybook cannot draw these words: {', '.join(words)}. The story is told all the same."
-        )
-        log.warning(message)
-        tell_user(message, node_id)
+    words = unknown_words(request)
+    if not words:
+        return ""
+    note = f"The storybook cannot draw these words: {', '.join(words)}. The story is told all the same."
+    log.warning(note)
+    return note
 
 
 def _turns(llm: LoadedLLM, story: StorySoFar, way: Preset, sees: bool) -> list[Turn]:
@@ -243,12 +244,14 @@ def _open_turn(request: str) -> Turn:
 
 
 def _progress(total: int) -> Callable[[int], bool]:
-    """Advances ComfyUI's progress bar at every token, which raises when the user has pressed Cancel."""
+    """Advances ComfyUI's progress bar at every token, and raises when the user has pressed Cancel."""
+    import comfy.model_management as management
     import comfy.utils
 
     bar = comfy.utils.ProgressBar(total)
 
     def tick(row: int) -> bool:
+        management.throw_exception_if_processing_interrupted()  # newer bars look ten times a second at most
         bar.update(1)
         return False
 

@@ -36,6 +36,7 @@ FUNCTIONS = {
         "GraphBuilder.node",
         "GraphBuilder.finalize",
         "Node.out",
+        "is_link",
     ],
     "folder_paths.py": [
         "get_output_directory",

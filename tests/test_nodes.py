@@ -26,6 +26,7 @@ NODES = [
     "MiniGPT5ViewStory",
     "MiniGPT5SaveStory",
     "MiniGPT5TrainMapper",
+    "MiniGPT5Keep",
 ]
 HEAVY = {"torch", "transformers", "safetensors", "diffusers", "peft", "accelerate", "numpy", "PIL", "gguf"}
 
@@ -43,7 +44,11 @@ def test_every_node_has_a_name_of_its_own_in_a_category_of_its_kind(schemas):
     names = [schema.display_name for schema in schemas.values()]
     assert len(set(names)) == len(NODES)
     assert all(name.endswith("(MiniGPT-5)") for name in names)
-    kinds = {"MiniGPT5Load": "MiniGPT-5/loaders", "MiniGPT5Trai": "MiniGPT-5/training"}
+    kinds = {
+        "MiniGPT5Load": "MiniGPT-5/loaders",
+        "MiniGPT5Trai": "MiniGPT-5/training",
+        "MiniGPT5Keep": "MiniGPT-5/inside",
+    }
     assert all(schema.category == kinds.get(schema.node_id[:12], "MiniGPT-5") for schema in schemas.values())
     assert [schema.node_id for schema in schemas.values() if schema.is_experimental] == [
         "MiniGPT5TrainMapper"

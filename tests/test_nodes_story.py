@@ -1,6 +1,7 @@
 """Stories in the graph: begun, illustrated, shown, taken apart, saved and read again."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,7 @@ def test_a_grey_picture_is_kept_in_three_channels(pack, run):
 def test_a_picture_goes_onto_the_last_page_and_the_story_before_stays_as_it_was(run, story):
     before = contents(story)
     (pictured,) = run("AddPicture", story=story, image=image(GREEN, RED))
+    assert [page.note for page in pictured.pages] == ["", "2 pictures were drawn; the page has the first."]
     assert torch.equal(pictured.pages[1].picture, GREEN.expand(8, 12, 3))
     assert torch.equal(pictured.pages[0].picture, story.pages[0].picture)
     assert texts(pictured) == texts(story)
@@ -207,7 +209,7 @@ def test_every_saved_story_gets_a_number_of_its_own(pack, story, output):
     for _ in range(2):
         pack.run("MiniGPT5SaveStory", story=story, filename_prefix="mine/tale")
     (chosen,) = pack.nodes["MiniGPT5LoadStory"].GET_SCHEMA().inputs
-    assert chosen.options == ["mine/tale_00001_", "mine/tale_00002_"]
+    assert sorted(chosen.options) == ["mine/tale_00001_", "mine/tale_00002_"]
     assert sorted(path.name for path in (output / "mine" / "tale_00002_").iterdir()) == [
         "scene_01.png",
         "story.html",
@@ -272,8 +274,15 @@ def test_stories_of_the_input_folder_are_offered_too(pack, run, output, tmp_path
     write_story_json(tmp_path / "comfyui" / "input" / "given")
     write_story_json(output / "a" / "b" / "c")
     (chosen,) = pack.nodes["MiniGPT5LoadStory"].GET_SCHEMA().inputs
-    assert chosen.options == ["a/b/c", "given"]
+    assert sorted(chosen.options) == ["a/b/c", "given"]
     assert texts(run("LoadStory", story_name="given")[0]) == ["Hello."]
+
+
+def test_the_newest_story_is_offered_first(pack, output):
+    for name, saved_at in (("a", 30), ("b", 10), ("c", 20)):
+        write_story_json(output / name)
+        os.utime(output / name / "story.json", (saved_at, saved_at))
+    assert pack.nodes["MiniGPT5LoadStory"].GET_SCHEMA().inputs[0].options == ["a", "c", "b"]
 
 
 def test_a_story_in_a_linked_folder_is_offered_and_read(pack, run, story, output, tmp_path):

@@ -316,6 +316,21 @@ def test_an_adapted_llm_is_loaded_with_its_adapter(pack, host, tell, llm, openin
     assert host("comfy.model_management").loads[-1]["models"] == [adapted.patcher]
 
 
+def test_cancel_is_heard_at_every_token_whatever_the_bar_does(host, tell, opening, monkeypatch):
+    management = host("comfy.model_management")
+    asked, plain = [], management.throw_exception_if_processing_interrupted
+
+    def ask():
+        asked.append(1)
+        management.interrupted.extend([True] * (len(asked) == 3))
+        plain()
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", ask)
+    with pytest.raises(management.InterruptProcessingException):
+        tell(opening)
+    assert len(asked) == 3
+
+
 def test_every_token_ticks_comfyuis_bar(host, tell, opening):
     ticks = []
     host("comfy.utils").set_progress_bar_global_hook(
@@ -455,8 +470,22 @@ def test_words_outside_the_storybooks_world_are_named_on_the_outer_node(pack, ho
     host("server").sent.clear()
     pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9.0.0.scene_1_turn"}, **given)
     ((text, node, _),) = host("server").sent
-    assert "cannot draw these words: dragon, lands." in text and node == "9"
-    assert text in caplog.text
+    assert "Page 1: The storybook cannot draw these words: dragon, lands." in text and node == "9"
+    assert text.removeprefix("Page 1: ") in caplog.text
+
+
+def test_a_page_says_what_of_it_cannot_be_drawn_and_the_node_says_it_of_all_pages(pack, host, llm, opening):
+    adapted = replace(llm, adapters=("storybook",))
+    story = opening
+    for line in ("A dragon.", "It snows.", "A castle."):
+        host("server").sent.clear()
+        given = {"llm": adapted, "instruction": line, **SHORT, "story": story}
+        answer = pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9"}, **given)
+        story = answer.args[0]
+    notes = [page.get("note", "") for page in answer.ui["minigpt5_pages"]]
+    assert ["dragon" in notes[0], notes[1], "castle" in notes[2]] == [True, "", True]
+    ((text, _, _),) = host("server").sent
+    assert text == f"Page 1: {notes[0]}\nPage 3: {notes[2]}"
 
 
 def test_other_adapters_may_draw_dragons(pack, host, llm, opening):

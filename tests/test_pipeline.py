@@ -37,6 +37,8 @@ def teller(tiny_llm, tiny_diffusion_folder):
         ("The fox finds trees.", []),
         ("Zelda the fox finds a dragon in the red castle, a dragon!", ["dragon", "castle"]),
         ("A fox called Zorro", []),
+        ("狐狸和一个红气球。 Лисица и воздушный шар.", []),
+        ("狐狸 meets a dragon", ["dragon"]),
     ],
 )
 def test_words_outside_the_world_are_told_names_are_not(teller, prompt, unknown):

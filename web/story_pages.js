@@ -43,7 +43,7 @@ function button(className, label, symbol, action) {
   return element;
 }
 
-/** The story in a node: `element` is put into it, `show(pages)` fills it; pages are {text, picture: file or null}. */
+/** The story in a node: `element` is put into it, `show(pages)` fills it; pages are {text, picture: file or null, note}. */
 export class StoryReader {
   constructor(pictureUrl, locale = "en") {
     this.pictureUrl = pictureUrl;
@@ -94,16 +94,17 @@ export class StoryReader {
     return element;
   }
 
-  /** The picture, if there is one, and the text. */
+  /** The picture, if there is one, the text, and what is to be said of the page. */
   content(page, index) {
     const text = create("p", "minigpt5-text", page.text);
     text.dir = "auto"; // right-to-left scripts
-    if (!page.picture) return [text];
+    const notes = page.note ? [create("p", "minigpt5-note", page.note)] : [];
+    if (!page.picture) return [text, ...notes];
     const picture = create("img", "minigpt5-picture");
     picture.src = this.pictureUrl(page.picture);
     picture.alt = this.labels.picture(index + 1);
     picture.draggable = false;
-    return [picture, text];
+    return [picture, text, ...notes];
   }
 
   /** The reading view, at one page. */
@@ -123,6 +124,7 @@ export class StoryReader {
     dialog.setAttribute("aria-label", this.labels.story);
     this.spread = create("div", "minigpt5-spread");
     this.spread.setAttribute("aria-live", "polite");
+    this.spread.tabIndex = 0; // a long page scrolls by the keyboard too
     this.previousButton = button("minigpt5-turn", this.labels.previous, "‹", () => this.turnTo(this.current - 1));
     this.nextButton = button("minigpt5-turn", this.labels.next, "›", () => this.turnTo(this.current + 1));
     this.counter = create("span", "minigpt5-counter");
@@ -158,6 +160,7 @@ export class StoryReader {
     this.current = Math.max(0, Math.min(index, this.pages.length - 1));
     const page = this.pages[this.current];
     this.spread.replaceChildren(...this.content(page, this.current));
+    this.spread.scrollTop = 0;
     this.counter.textContent = this.labels.page(this.current + 1, this.pages.length);
     this.previousButton.setAttribute("aria-disabled", String(this.current === 0));
     this.nextButton.setAttribute("aria-disabled", String(this.current === this.pages.length - 1));

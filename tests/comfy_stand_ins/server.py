@@ -9,5 +9,9 @@ def _send_progress_text(text: str, node_id: str, sid: str | None = None) -> None
 
 sent: list[tuple[str, str, str | None]] = []
 PromptServer = SimpleNamespace(
-    instance=SimpleNamespace(client_id="browser", send_progress_text=_send_progress_text)
+    instance=SimpleNamespace(
+        client_id="browser",
+        send_progress_text=_send_progress_text,
+        app=SimpleNamespace(on_response_prepare=[]),  # aiohttp's, called with every request and its answer
+    )
 )

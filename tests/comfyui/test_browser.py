@@ -22,6 +22,9 @@ pytestmark = needs_chromium
 def open_page(browser, server):
     """Opens the frontend: open_page(blocked=()) gives a page whose app is ready; `blocked` files do not arrive."""
     contexts = []
+    server.post(
+        "/settings/Comfy.TutorialCompleted", True
+    )  # a first visit would open the templates over the page
 
     def open_one(blocked=()):
         contexts.append(browser.new_context(viewport={"width": 1600, "height": 1000}))
@@ -31,7 +34,6 @@ def open_page(browser, server):
         page.goto(f"http://{server.address}")
         page.wait_for_function("window.app?.extensionManager?.setting && window.app.graph", timeout=120_000)
         page.locator("button:has-text('Run')").first.wait_for(timeout=60_000)
-        page.keyboard.press("Escape")  # the templates that a first visit opens
         return page
 
     yield open_one
@@ -53,9 +55,7 @@ def read_workflow(name):
 
 
 def open_template(page, name):
-    page.wait_for_timeout(2000)
-    if not page.locator(".p-dialog-mask").count():  # a first visit opens it by itself
-        page.locator(".templates-tab-button, button[aria-label*='Templates']").first.click()
+    page.locator(".templates-tab-button, button[aria-label*='Templates']").first.click()
     page.get_by_text(re.compile("minigpt5", re.IGNORECASE)).first.click(timeout=60_000)
     page.get_by_text(name, exact=True).first.click(timeout=60_000)
     page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'MiniGPT5Interleaver')")

@@ -3,6 +3,16 @@
 from typing import Any
 
 
+def is_link(obj: Any) -> bool:
+    """A node's id and the place of its output, as ComfyUI tells links from lists of values."""
+    return (
+        isinstance(obj, list)
+        and len(obj) == 2
+        and isinstance(obj[0], str)
+        and isinstance(obj[1], int | float)
+    )
+
+
 class Node:
     def __init__(self, id: str, class_type: str, inputs: dict[str, Any]) -> None:
         self.id, self.class_type, self.inputs = id, class_type, inputs
