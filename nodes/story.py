@@ -165,6 +165,11 @@ def _no_story(name: str) -> str:
 
 
 def _rgb(image: Tensor) -> Tensor:
-    """An IMAGE (B, H, W, 1, 3 or 4) as (B, H, W, 3) in float32, where it can be kept and saved."""
-    image = image[..., :3].float().cpu()
+    """An IMAGE (B, H, W, 1 to 4) as (B, H, W, 3) in float32, white behind its alpha, where it can be kept and saved."""
+    image = image.float().cpu()
+    colours = image.shape[-1] - (image.shape[-1] in (2, 4))
+    alpha = image[..., colours : colours + 1]  # none for 1 and 3 channels
+    image = image[..., :colours]
+    if alpha.shape[-1]:
+        image = image * alpha + (1 - alpha)
     return image.expand(*image.shape[:-1], 3)

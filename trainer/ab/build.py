@@ -9,12 +9,12 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.files import whole_folder
 from minigpt5_core.inside import named_file
-from minigpt5_core.rasters import open_picture
+from minigpt5_core.rasters import UNREADABLE, as_seen, open_picture
 
 from .study import PICTURES, STUDY, Item, Pair, Study
 
@@ -205,13 +205,13 @@ def _plain(story: RatedStory, name: str) -> Image.Image:
         raise BadInputError(f"{story}: picture {error}.") from error
     try:
         with open_picture(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            seen = as_seen(picture)
+    except UNREADABLE as error:
         found = "is not there" if not path.exists() else f"cannot be read as a picture ({error})"
         raise BadInputError(
             f"{story}: picture {name!r} {found}: looked for {path}. Expected a path from the folder of "
             f"{story.file.name}."
         ) from error
-    plain = Image.new("RGB", upright.size, "white")
-    plain.paste(upright, mask=upright.getchannel("A"))
+    plain = Image.new("RGB", seen.size)
+    plain.paste(seen)
     return plain
