@@ -4,7 +4,6 @@ transformers' `auto_map` names Python code of the folder's own, or of another mo
 class itself, that is taken and `auto_map` passed over; where it has none, the folder is refused. It never asks.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .errors import BadInputError
+from .texts import read_json
 
 SAYS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 KERNELS = ("attn_implementation", "experts_implementation")
@@ -82,8 +82,8 @@ def check_shards(folder: Path) -> None:
 def _values(file: Path) -> dict[str, Any]:
     """What a JSON file says; nothing where it cannot be read, which the library that wants it says itself."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(file)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -43,7 +43,7 @@ def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
 def _cut_short(folder: Path) -> Path | None:
     if folder.suffix == ".gguf" and folder.is_file():
         return None if is_whole(folder) else folder
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted(folder.rglob("[!.]*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .compat import schema
+from .folders import fingerprint, spellings
 from .preview import told_so_far
 from .sockets import STORY, Page, StorySoFar
 
@@ -114,8 +116,6 @@ class LoadStory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, story_name: str) -> str:
-        from .folders import fingerprint
-
         return fingerprint(_find_story(story_name))
 
     @classmethod
@@ -148,12 +148,12 @@ def saved_stories() -> list[str]:
     for root in _roots():
         for pattern in ("*/story.json", "*/*/story.json", "*/*/*/story.json"):
             found |= {path.parent.relative_to(root).as_posix() for path in root.glob(pattern)}
-    return sorted(found)
+    return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
 
 
 def _find_story(name: str) -> Path | None:
-    for root in _roots():
-        folder = Path(os.path.normpath(root / name))  # links inside may lead anywhere, a name may not
+    for root, spelling in product(_roots(), spellings(name)):
+        folder = Path(os.path.normpath(root / spelling))  # links inside may lead anywhere, a name may not
         if folder.is_relative_to(os.path.normpath(root)) and os.path.isfile(folder / "story.json"):
             return folder
     return None

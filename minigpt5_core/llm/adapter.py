@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInputError
+from ..texts import read_json
 from .prefix import Prefix, read_prefix
 from .unmerged_lora import UnmergedLora, is_quantized
 
@@ -64,7 +65,7 @@ def read_adapter(
     `tied_head` says whether the LLM has one matrix for embedding and head (None: look): see `FrozenLLM.tied_head`.
     """
     _check_files(folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG)
     _check_config(config)
     prefix, header = None, {}
     file = folder / ADAPTER_WEIGHTS

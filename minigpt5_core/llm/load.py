@@ -52,7 +52,7 @@ def load_llm(
             "safetensors weights and a tokenizer, or a .gguf file, or make the default one: "
             "python -m minigpt5_core get-llm"
         )
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("[!.]*.safetensors")):
         raise BadInputError(
             f"{folder} holds no .safetensors weights, and pickled ones (.bin) are never read. Save the model again "
             "with transformers' save_pretrained, which writes safetensors."

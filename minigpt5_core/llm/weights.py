@@ -15,7 +15,7 @@ from ..vision.image_adapter import IMAGE_ADAPTER, QFORMER
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of an LLM's own weights."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     return [file for file in files if file.name not in (IMAGE_ADAPTER, QFORMER)]
 
 
@@ -23,7 +23,7 @@ def gguf_in(path: Path) -> Path | None:
     """`path` where it is a .gguf file, or the one in a folder without safetensors weights; else None."""
     if path.suffix == ".gguf" and not path.is_dir():
         return path
-    found = sorted(path.glob("*.gguf"))
+    found = sorted(path.glob("[!.]*.gguf"))
     return found[0] if len(found) == 1 and not weight_files(path) else None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..config import build
 from ..errors import BadInputError
 from ..tensor_files import FORMAT_VERSION, atomic_save, read_tensors
+from ..texts import parse_json
 from .encoder import ImageEncoder, ImageEncoderConfig
 
 # image encoders that lie in an LLM's folder beside its own weights: ours, and the published model's
@@ -64,8 +65,8 @@ def _header(metadata: dict[str, str], path: Path) -> dict[str, Any]:
             f"{IMAGE_ADAPTER} that python -m trainer image-adapter wrote."
         )
     try:
-        values = {key: json.loads(metadata[f"minigpt5.{key}"]) for key in KEYS}
-    except json.JSONDecodeError as error:
+        values = {key: parse_json(metadata[f"minigpt5.{key}"]) for key in KEYS}
+    except ValueError as error:
         raise BadInputError(f"{path}: its header is not JSON ({error}). Copy the file again.") from error
     if str(values["format_version"]) != FORMAT_VERSION:
         raise BadInputError(

@@ -1,6 +1,5 @@
 """ab build: pairs two systems' stories and lays them into a folder in which no rater can tell which is whose."""
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.files import whole_folder
 from minigpt5_core.inside import named_file
 from minigpt5_core.rasters import UNREADABLE, as_seen, open_picture
+from minigpt5_core.texts import parse_json, text_in
 
 from .study import PICTURES, STUDY, Item, Pair, Study
 
@@ -69,7 +69,7 @@ def build_study(
 def read_system(path: Path) -> dict[str, RatedStory]:
     """A system's stories by id, from JSON Lines; BadInputError names the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at U+2028 too
+        lines = text_in(path).split("\n")  # splitlines would cut texts at U+2028 too
     except OSError as error:
         raise BadInputError(
             f"{path} cannot be read: {error.strerror}. Expected a file with a story a line."
@@ -92,8 +92,8 @@ def read_system(path: Path) -> dict[str, RatedStory]:
 
 def _story(line: str, where: str) -> tuple[str, list[Item]]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line)
+    except ValueError as error:
         raise BadInputError(f"{where}: not valid JSON ({error}). Expected one such as {LINE}") from error
     if not isinstance(values, dict) or not isinstance(values.get("id"), str):
         raise BadInputError(f'{where}: found no text "id". Expected a line such as {LINE}')
