@@ -10,7 +10,10 @@ import torch
 
 from ..errors import BadInputError
 from ..tensor_files import open_tensors
+from ..texts import read_json
 from ..vision.image_adapter import IMAGE_ADAPTER, QFORMER
+
+DTYPES = ("torch_dtype", "dtype")  # older and newer names; a part of the model may say it itself
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -25,6 +28,17 @@ def gguf_in(path: Path) -> Path | None:
         return path
     found = sorted(path.glob("[!.]*.gguf"))
     return found[0] if len(found) == 1 and not weight_files(path) else None
+
+
+def is_for_float16(folder: Path) -> bool:
+    """Whether an LLM's config.json says that its weights are float16: numbers of any other may be too large for it."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):  # a GGUF file, which does not say
+        return False
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    said = [part[name] for part in parts if isinstance(part, dict) for name in DTYPES if name in part]
+    return bool(said) and said[-1] in ("float16", "torch.float16")
 
 
 def hash_weights(folder: Path) -> str:
