@@ -39,9 +39,9 @@ def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32"
             local_files_only=True,
             use_safetensors=True,
             **_left_out(folder),
-        )
+        ).to(device)  # where weights are missing, they are missed now
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def find_diffusion(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .errors import BadInputError
+from .sizes import check_counts
 from .texts import read_json
 
 SAYS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
@@ -49,9 +50,12 @@ def forget_code(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def check_folder(folder: Path) -> None:
-    """BadInputError where a transformers folder names what would be fetched, or files that lie outside of it."""
+    """BadInputError where a transformers folder names what would be fetched, files that lie outside of it, or more
+    layers than any model has."""
     check_alone(folder)
-    for name in _kernels(_values(folder / "config.json")):
+    config = _values(folder / "config.json")
+    check_counts(config, str(folder / "config.json"))
+    for name in _kernels(config):
         raise BadInputError(
             f"{folder / 'config.json'} asks for the kernel {name!r}, which would be fetched and run. Take its line out "
             f"({' or '.join(KERNELS)}): the model computes the same without."

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from transformers import (
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.generate import Prompt, Sampling, generate
 from minigpt5_core.llm import FrozenLLM, add_vokens, load_llm
+from minigpt5_core.llm.bounded import bounded
 from minigpt5_core.story.prompts import SYSTEM, Turn, chat_prompt, chat_text
 from tests.conftest import make_tiny_parts, make_tiny_tokenizer
 from trainer.llm.sequences import story_losses, story_sequence
@@ -289,6 +292,19 @@ def test_a_template_that_cannot_be_used_is_refused_when_the_llm_is_loaded(
         BadInputError, match=f"The LLM's chat template {why}.*Take the tokenizer's files from where"
     ):
         load_llm(folder)
+
+
+LOOPS = "{% for a in range(90000) %}" * 3 + "{% set b = 1 %}" + "{% endfor %}" * 3
+
+
+def test_a_template_without_an_end_is_ended(tiny_llm_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("minigpt5_core.llm.chat.bounded", lambda: bounded(0.2))
+    folder = Path(shutil.copytree(tiny_llm_folder, tmp_path / "llm"))
+    (folder / "chat_template.jinja").write_text(LOOPS)
+    began, before = time.monotonic(), sys.gettrace()
+    with pytest.raises(BadInputError, match="does not end within 0.2 seconds"):
+        load_llm(folder)
+    assert time.monotonic() - began < 20 and sys.gettrace() is before
 
 
 def test_a_tokenizer_by_which_no_reply_would_end_is_refused():

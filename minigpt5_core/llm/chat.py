@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import BadInputError
+from .bounded import bounded
 from .families.base import Family
 
 # For an LLM whose tokenizer has no chat template: a line a message, each ended by the LLM's own end mark.
@@ -97,9 +98,10 @@ def find_chat(tokenizer: PreTrainedTokenizerBase, family: Family, ends: set[int]
     BadInputError for a template that cannot be used.
     """
     try:
-        chat = Chat(tokenizer, family, _takes_system(tokenizer, family))
-        whole = chat.rendered(SYSTEM, [*zip(ASKED, SAID, strict=False), (ASKED[2], None)])
-        last = chat.rendered(SYSTEM, list(zip(ASKED, SAID, strict=False)))
+        with bounded():
+            chat = Chat(tokenizer, family, _takes_system(tokenizer, family))
+            whole = chat.rendered(SYSTEM, [*zip(ASKED, SAID, strict=False), (ASKED[2], None)])
+            last = chat.rendered(SYSTEM, list(zip(ASKED, SAID, strict=False)))
     except Exception as error:  # a template is somebody else's program: anything may come of it
         raise BadInputError(f"The LLM's chat template fails: {_why(error)}. {CURE}") from error
     if not _holds_all(whole, [SYSTEM, ASKED[0], SAID[0], ASKED[1], SAID[1], ASKED[2]]) or SAID[1] not in last:
@@ -126,6 +128,8 @@ def _takes_system(tokenizer: PreTrainedTokenizerBase, family: Family) -> bool:
     """Whether a system message is in the text; some templates refuse one, others leave it out."""
     try:
         return SYSTEM in Chat(tokenizer, family).rendered(SYSTEM, [(ASKED[0], SAID[0]), (ASKED[1], None)])
+    except TimeoutError:
+        raise
     except Exception:  # as jinja's own, which it raises to say so
         return False
 

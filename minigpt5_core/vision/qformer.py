@@ -18,6 +18,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfi
 
 from ..config import build
 from ..errors import BadInputError
+from ..sizes import check_sizes
 from ..tensor_files import FORMAT_VERSION, check_shapes, read_tensors
 from ..texts import parse_json
 from .pictures import picture_tensor
@@ -55,6 +56,7 @@ class QFormerConfig:
     def __post_init__(self) -> None:
         if min(dataclasses.astuple(self)) < 1:
             raise BadInputError(f"Vision config: {self}; every size must be 1 or more.")
+        check_sizes(vars(self), "Vision config")
         for width, heads in ((self.vision_width, self.vision_heads), (self.width, self.heads)):
             if width % heads:
                 raise BadInputError(
