@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from .errors import BadInputError
+from .sizes import check_sizes
 
 Stored = TypeVar("Stored")
 
@@ -34,6 +35,7 @@ class MapperConfig:
         for name, value in self.to_dict().items():
             if isinstance(value, int) and value < 1:
                 raise BadInputError(f"Mapper config: {name} is {value}; it must be 1 or more.")
+        check_sizes(self.to_dict(), "Mapper config")
         if self.hidden % self.heads:
             raise BadInputError(
                 f"Mapper config: hidden {self.hidden} cannot be split over {self.heads} heads; "

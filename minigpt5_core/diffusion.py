@@ -1,6 +1,5 @@
 """Diffusion models in diffusers' layout: loading them, and checking that they take a mapper's conditioning."""
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from .conditioning.spaces import Conditioning, Space, check_space
 from .errors import BadInputError
 from .model_index import check_index
 from .reading import reading
+from .texts import read_json
 
 DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,9 +39,9 @@ def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32"
             local_files_only=True,
             use_safetensors=True,
             **_left_out(folder),
-        )
+        ).to(device)  # where weights are missing, they are missed now
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    return pipeline
 
 
 def find_diffusion(folder: Path) -> Path:
@@ -65,7 +65,7 @@ def find_diffusion(folder: Path) -> Path:
 
 def _left_out(folder: Path) -> dict[str, None]:
     """The text encoders and tokenizers that the index names and the folder lacks, such as SD3's T5 of 9 GB."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json")
     parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
     return {name: None for name in parts if not (folder / name).is_dir()}
 

@@ -9,8 +9,9 @@ from .errors import BadInputError
 def named_file(folder: Path, name: str) -> Path:
     """The path of what `name` says lies in or below `folder`, there or not; no `..` is left in it.
 
-    BadInputError for an address, and for a name that leads out of the folder on any system: an absolute one, one with
-    a drive, one with too many `..`. A link inside the folder is the user's own doing and is followed.
+    What Windows has written with backslashes is found on every system. A link inside the folder is the user's own doing
+    and is followed. BadInputError for an address, and for a name that leads out of the folder on any system: an
+    absolute one, one with a drive, one with too many `..`.
     """
     if "://" in name or name[:5].lower() == "data:":
         raise BadInputError(
@@ -20,7 +21,10 @@ def named_file(folder: Path, name: str) -> Path:
         raise BadInputError(
             f"{name!r:.200} leads out of its folder; expected a file in or below {folder.name}/"
         )
-    return folder / os.path.normpath(name)
+    path = folder / os.path.normpath(name)
+    if "\\" in name and not os.path.lexists(path):  # written on Windows
+        return folder / os.path.normpath(name.replace("\\", "/"))
+    return path
 
 
 def lies_inside(path: Path, folder: Path) -> bool:

@@ -3,7 +3,6 @@
 diffusers refuses code from elsewhere too, but only in later versions and not all of it: what is allowed is said here.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers import pipelines
 
 from .errors import BadInputError
 from .own_code import check_folder
+from .texts import read_json
 
 INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers")
@@ -40,8 +40,8 @@ def check_parts(folder: Path, index: dict[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        index = read_json(file)
+    except (OSError, ValueError) as error:
         raise BadInputError(f"{file} cannot be read ({error}). Copy the model again.") from error
     if not isinstance(index, dict):
         raise BadInputError(f"{file} is {index!r:.60}, expected an object. Copy the model again.")

@@ -4,7 +4,6 @@ transformers' `auto_map` names Python code of the folder's own, or of another mo
 class itself, that is taken and `auto_map` passed over; where it has none, the folder is refused. It never asks.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .errors import BadInputError
+from .sizes import check_counts
+from .texts import read_json
 
 SAYS = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 KERNELS = ("attn_implementation", "experts_implementation")
@@ -49,9 +50,12 @@ def forget_code(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def check_folder(folder: Path) -> None:
-    """BadInputError where a transformers folder names what would be fetched, or files that lie outside of it."""
+    """BadInputError where a transformers folder names what would be fetched, files that lie outside of it, or more
+    layers than any model has."""
     check_alone(folder)
-    for name in _kernels(_values(folder / "config.json")):
+    config = _values(folder / "config.json")
+    check_counts(config, str(folder / "config.json"))
+    for name in _kernels(config):
         raise BadInputError(
             f"{folder / 'config.json'} asks for the kernel {name!r}, which would be fetched and run. Take its line out "
             f"({' or '.join(KERNELS)}): the model computes the same without."
@@ -82,8 +86,8 @@ def check_shards(folder: Path) -> None:
 def _values(file: Path) -> dict[str, Any]:
     """What a JSON file says; nothing where it cannot be read, which the library that wants it says itself."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(file)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -1,22 +1,18 @@
 """Turns what libraries raise for files they cannot use into an error that says which file, why, and what to do."""
 
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import BadInputError
+from .errors import BadInputError, CancelledError
 from .own_code import code_refusal, wants_code
 
-# What transformers and diffusers raise for a folder that is broken or foreign. safetensors has its own error,
-# which derives from Exception; ImportError says which package a tokenizer or a model class needs. A GGUF file that
-# is cut short ends in the midst of a number (struct.error) or a list (IndexError).
-UNREADABLE = (
-    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, SafetensorError,
-    struct.error,
-)  # fmt: skip
+# What libraries raise for a folder that is broken or foreign, which is anything: safetensors, jinja and the checks of a
+# configuration's types have errors of their own; ImportError says which package a tokenizer or a model class needs; a
+# GGUF file that is cut short ends in the midst of a number or a list.
+UNREADABLE = (Exception,)
 
 
 @contextmanager
@@ -28,7 +24,7 @@ def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except BadInputError:
+    except (BadInputError, CancelledError):
         raise
     except UNREADABLE as error:
         if wants_code(error):
@@ -43,7 +39,7 @@ def reading(trouble: str, folder: Path, cure: str = "") -> Iterator[None]:
 def _cut_short(folder: Path) -> Path | None:
     if folder.suffix == ".gguf" and folder.is_file():
         return None if is_whole(folder) else folder
-    for file in sorted(folder.rglob("*.safetensors")):
+    for file in sorted(folder.rglob("[!.]*.safetensors")):
         try:
             with safe_open(file, framework="pt"):
                 pass

@@ -207,11 +207,12 @@ def _as_comfy(conditioning: Conditioning) -> list:
 def _blend(conditioning: Conditioning, text: list, strength: float, mapper: LoadedMapper) -> list:
     """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros.
 
-    At 0 and 1 it is one of the two, unchanged: a sampler would attend to the zeros too.
+    At 0 and 1 it is one of the two, unchanged: a sampler would attend to the zeros too. The text may lie on another
+    device (--gpu-only); the sampler moves what it is given.
     """
     import torch
 
-    blended = []
+    blended, device = [], conditioning.tokens.device
     for tokens, extra in text:
         if tokens.shape[-1] != conditioning.tokens.shape[-1]:
             raise ValueError(
@@ -221,9 +222,9 @@ def _blend(conditioning: Conditioning, text: list, strength: float, mapper: Load
         mixed = dict(extra)
         pooled = extra.get("pooled_output")
         if conditioning.pooled is not None:
-            pooled = conditioning.pooled if pooled is None else pooled.float()
+            pooled = conditioning.pooled if pooled is None else pooled.to(device).float()
             mixed["pooled_output"] = torch.lerp(conditioning.pooled, pooled, strength)
-        blended.append([_mix(conditioning.tokens, tokens.float(), strength), mixed])
+        blended.append([_mix(conditioning.tokens, tokens.to(device).float(), strength), mixed])
     return blended
 
 

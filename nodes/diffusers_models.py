@@ -6,7 +6,6 @@ internals. AutoencoderTiny of any width up to 64, UNet2DConditionModel of SD 1.x
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +67,16 @@ class LoadDiffusers(io.ComfyNode):
 
 
 def _config(folder: Path, file: str = "config.json") -> dict[str, Any]:
-    return json.loads((folder / file).read_text(encoding="utf-8"))
+    from ..minigpt5_core.texts import read_json
+
+    return read_json(folder / file)
 
 
 def _weights(folder: Path) -> dict[str, Any]:
     """The folder's one safetensors file, in float32."""
     import comfy.utils
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     if len(files) != 1:
         raise ValueError(
             f"{folder} holds {len(files)} .safetensors files, expected one. Save the model as one file."

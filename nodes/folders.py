@@ -34,12 +34,12 @@ def llm_names() -> list[str]:
 
 def mapper_names() -> list[str]:
     """Mapper files."""
-    return folder_paths.get_filename_list("voken_mappers")
+    return _listed("voken_mappers")
 
 
 def adapter_names() -> list[str]:
     """PEFT folders among the LoRAs."""
-    files = map(Path, folder_paths.get_filename_list("loras"))
+    files = map(Path, _listed("loras"))
     return sorted(file.parent.as_posix() for file in files if file.name == ADAPTER_FILE)
 
 
@@ -59,7 +59,7 @@ def find_llm(name: str) -> Path | None:
 
 def find_mapper(name: str) -> Path:
     """The mapper's file."""
-    path = folder_paths.get_full_path("voken_mappers", name)
+    path = _full_path("voken_mappers", name)
     if path is None:
         raise missing("mapper", "voken_mappers", name, "the mapper file that python -m trainer made")
     return Path(path)
@@ -67,7 +67,7 @@ def find_mapper(name: str) -> Path:
 
 def find_adapter(name: str) -> Path:
     """The adapter's folder."""
-    path = folder_paths.get_full_path("loras", f"{name}/{ADAPTER_FILE}")
+    path = _full_path("loras", f"{name}/{ADAPTER_FILE}")
     if path is None:
         raise missing("adapter", "loras", name, "the adapter folder that python -m trainer made")
     return Path(path).parent
@@ -81,6 +81,22 @@ def find_diffusers(name: str) -> Path:
     if found is None:
         raise missing("diffusers model", "diffusers", name, "a diffusers folder with model_index.json")
     return found
+
+
+def spellings(name: str) -> tuple[str, str]:
+    """A name as it is, and as it is on this system where Windows has written it with backslashes."""
+    return name, name.replace("\\", "/")
+
+
+def _full_path(key: str, name: str) -> str | None:
+    found = (folder_paths.get_full_path(key, spelling) for spelling in spellings(name))
+    return next((path for path in found if path is not None), None)
+
+
+def _listed(key: str) -> list[str]:
+    """ComfyUI's list without what is hidden, such as the ._ files of a Mac."""
+    names = folder_paths.get_filename_list(key)
+    return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
 def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
@@ -118,7 +134,7 @@ def fingerprint(path: Path | None) -> str:
 def _is_llm(path: Path) -> bool:
     if path.suffix == ".gguf" and path.is_file():
         return True
-    return (path / "config.json").is_file() or len(list(path.glob("*.gguf"))) == 1
+    return (path / "config.json").is_file() or len(list(path.glob("[!.]*.gguf"))) == 1
 
 
 def _is_diffusers(path: Path) -> bool:
@@ -127,7 +143,8 @@ def _is_diffusers(path: Path) -> bool:
 
 def _names(key: str, wanted: Callable[[Path], bool]) -> set[str]:
     roots = [Path(root) for root in folder_paths.get_folder_paths(key)]
-    return {path.name for root in roots if root.is_dir() for path in root.iterdir() if wanted(path)}
+    paths = (path for root in roots if root.is_dir() for path in root.iterdir())
+    return {path.name for path in paths if not path.name.startswith(".") and wanted(path)}
 
 
 def _find(key: str, name: str, wanted: Callable[[Path], bool]) -> Path | None:

@@ -12,6 +12,8 @@ from .compat import schema
 from .sockets import LLM, LoadedLLM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from ..minigpt5_core.llm import FrozenLLM
@@ -80,7 +82,7 @@ class LoadLLM(io.ComfyNode):
         from ..minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
         folder = folders.find_llm(llm_name) or default_llm()
-        frozen = load_llm(folder, vokens, **_dtype_and_quantization(dtype))
+        frozen = load_llm(folder, vokens, **_dtype_and_quantization(dtype, folder))
         frozen = load_vision(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
         own_vision = frozen.family.has_vision or has_vision_files(folder)
         vision_adapter = "" if own_vision else folders.STORYBOOK_ADAPTER
@@ -153,8 +155,8 @@ class LoadAdapter(io.ComfyNode):
         )
 
 
-def _dtype_and_quantization(dtype: str) -> dict[str, Any]:
-    """`load_llm`'s arguments for one of DTYPES."""
+def _dtype_and_quantization(dtype: str, folder: Path) -> dict[str, Any]:
+    """`load_llm`'s arguments for one of DTYPES and the LLM in a folder."""
     import comfy.model_management as management
     import torch
 
@@ -164,9 +166,26 @@ def _dtype_and_quantization(dtype: str) -> dict[str, Any]:
         return dtype_and_quantization(dtype)
     if dtype != "auto":
         return {"dtype": getattr(torch, dtype)}
-    device = management.text_encoder_device()
-    # on a CPU ComfyUI says float16 too, and casts layer by layer; a transformers model computes in the dtype it holds
-    return {"dtype": torch.float32 if device.type == "cpu" else management.text_encoder_dtype(device)}
+    return {"dtype": _auto_dtype(management.text_encoder_device(), folder)}
+
+
+def _auto_dtype(device: torch.device, folder: Path) -> torch.dtype:
+    """What ComfyUI uses for text encoders, where the LLM can compute in it.
+
+    On a CPU ComfyUI says float16 too, and casts layer by layer; a transformers model computes in the dtype it holds. An
+    LLM that was trained in bfloat16 overflows in float16, of which only one that says so was made.
+    """
+    import comfy.model_management as management
+    import torch
+
+    from ..minigpt5_core.llm.weights import is_for_float16
+
+    if device.type == "cpu":
+        return torch.float32
+    chosen = management.text_encoder_dtype(device)
+    if chosen in (torch.float32, torch.bfloat16) or chosen == torch.float16 and is_for_float16(folder):
+        return chosen
+    return torch.bfloat16 if management.should_use_bf16(device) else torch.float32
 
 
 def _manage(frozen: FrozenLLM) -> Any:

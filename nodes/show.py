@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .compat import schema
+from .folders import spellings
 from .preview import as_picture, previews, show_text, shown, whole_text
 from .sockets import STORY, StorySoFar
 
@@ -133,7 +134,7 @@ def _new_folder(prefix: str) -> tuple[Path, str]:
     """A folder that does not exist yet, and its path in the output folder; ComfyUI refuses paths that leave it."""
     root = folder_paths.get_output_directory()
     try:
-        parent, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
+        parent, name, counter, subfolder, _ = folder_paths.get_save_image_path(spellings(prefix)[1], root)
     except Exception as error:  # ComfyUI raises the bare class
         raise ValueError(
             f"filename_prefix is {prefix!r}: {error} Give a name under the output folder."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from .compat import schema
+from .folders import fingerprint, spellings
 from .preview import told_so_far
 from .sockets import STORY, Page, StorySoFar
 
@@ -115,8 +117,6 @@ class LoadStory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, story_name: str) -> str:
-        from .folders import fingerprint
-
         return fingerprint(_find_story(story_name))
 
     @classmethod
@@ -152,13 +152,15 @@ def saved_stories() -> list[str]:
     for root in _roots():
         for pattern in ("*/story.json", "*/*/story.json", "*/*/*/story.json"):
             for path in filter(Path.is_file, root.glob(pattern)):
-                found.setdefault(path.parent.relative_to(root).as_posix(), path.stat().st_mtime)
+                name = path.parent.relative_to(root).as_posix()
+                if not any(part.startswith(".") for part in name.split("/")):
+                    found.setdefault(name, path.stat().st_mtime)
     return sorted(found, key=lambda name: (-found[name], name))
 
 
 def _find_story(name: str) -> Path | None:
-    for root in _roots():
-        folder = Path(os.path.normpath(root / name))  # links inside may lead anywhere, a name may not
+    for root, spelling in product(_roots(), spellings(name)):
+        folder = Path(os.path.normpath(root / spelling))  # links inside may lead anywhere, a name may not
         if folder.is_relative_to(os.path.normpath(root)) and os.path.isfile(folder / "story.json"):
             return folder
     return None
@@ -170,6 +172,11 @@ def _no_story(name: str) -> str:
 
 
 def _rgb(image: Tensor) -> Tensor:
-    """An IMAGE (B, H, W, 1, 3 or 4) as (B, H, W, 3) in float32, where it can be kept and saved."""
-    image = image[..., :3].float().cpu()
+    """An IMAGE (B, H, W, 1 to 4) as (B, H, W, 3) in float32, white behind its alpha, where it can be kept and saved."""
+    image = image.float().cpu()
+    colours = image.shape[-1] - (image.shape[-1] in (2, 4))
+    alpha = image[..., colours : colours + 1]  # none for 1 and 3 channels
+    image = image[..., :colours]
+    if alpha.shape[-1]:
+        image = image * alpha + (1 - alpha)
     return image.expand(*image.shape[:-1], 3)

@@ -101,7 +101,9 @@ class TextEncoder:
                 f"This CLIP answers with more than tokens and a pooled vector: {', '.join(strange)}. Such text "
                 "encoders are not supported; those of SD 1.5, SD 2.x, SDXL, SD3 and Flux are."
             )
-        return Conditioning(tokens, extra.get("pooled_output"))
+        pooled = extra.get("pooled_output")
+        # with --gpu-only it stays there, and what it is compared with is kept in memory or on the disk
+        return Conditioning(tokens.cpu(), None if pooled is None else pooled.cpu())
 
     def _scratch(self) -> Path:
         folder = Path(folder_paths.get_temp_directory())

@@ -175,7 +175,7 @@ class StoryTurn(io.ComfyNode):
             log.warning(
                 "The story is longer than what %s can read; it goes on without page %s.", llm.name, left_out
             )
-        memory = cache_bytes(llm, fitted.prompt.length + room)
+        memory = cache_bytes(llm, min(fitted.prompt.length + room, frozen.context))
         management.load_models_gpu(llm.patchers, memory_required=memory, force_full_load=True)
         with torch.no_grad():
             sampling = way.sampling_for(frozen, turns)

@@ -87,7 +87,7 @@ def tiny_llm() -> FrozenLLM:
 def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, as a Hugging Face folder."""
     folder = tmp_path_factory.mktemp("llm") / "tiny"
-    for part in make_tiny_parts():
+    for part in make_tiny_parts(context=4096):  # a token a letter: a story needs more
         part.save_pretrained(folder)
     return folder
 
@@ -96,7 +96,7 @@ def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untied_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with an output head of its own."""
     folder = tmp_path_factory.mktemp("llm") / "untied"
-    for part in make_tiny_parts(tied=False):
+    for part in make_tiny_parts(context=4096, tied=False):
         part.save_pretrained(folder)
     return folder
 
@@ -190,13 +190,7 @@ def trained(
     from trainer.storybook.models.image_adapter import ImageAdapterRecipe, train_image_adapter
 
     folder = tmp_path_factory.mktemp("trained")
-    llm = Path(
-        shutil.copytree(tiny_llm_folder, folder / "llm")
-    )  # a token a letter: a story needs more context
-    config = (llm / "config.json").read_text()
-    (llm / "config.json").write_text(
-        config.replace('"max_position_embeddings": 512', '"max_position_embeddings": 4096')
-    )
+    llm = Path(shutil.copytree(tiny_llm_folder, folder / "llm"))
     parts = {"llm": str(llm), "diffusion": str(tiny_diffusion_folder)}
     train_align(make_recipe(AlignRecipe, **parts, captions=8, steps=1, batch=2), folder / "align")
     recipe = ImageAdapterRecipe(

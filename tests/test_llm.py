@@ -126,8 +126,40 @@ def test_an_adapter_for_other_voken_rows_is_refused(tiny_llm_folder, tmp_path, c
 
 def test_an_adapter_without_voken_rows_is_refused(tiny_llm_folder, tmp_path):
     adapter = save_adapter(tiny_llm_folder, tmp_path, lambda _: LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(BadInputError, match="rows of no token"):
+    with pytest.raises(
+        BadInputError, match="trains no vokens.*LoRA for text alone.*merge it into the LLM with PEFT"
+    ):
         load_adapter(load_llm(tiny_llm_folder), adapter)
+
+
+@pytest.mark.parametrize("targets", [r".*self_attn\.(q|v)_proj", "all-linear", r"(a+)+$"])
+def test_an_adapters_targets_may_be_a_pattern_which_is_never_run(tiny_llm_folder, tmp_path, targets):
+    """What PEFT was told by a pattern is read off the file; one that takes forever is none to be tried."""
+
+    def config(llm: FrozenLLM) -> LoraConfig:
+        real = targets if "a+" not in targets else r".*self_attn\.(q|v)_proj"
+        return LoraConfig(r=2, target_modules=real, trainable_token_indices=llm.voken_ids)
+
+    adapter = save_adapter(tiny_llm_folder, tmp_path, config)
+    values = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(values | {"target_modules": targets}))
+    ours = load_adapter(load_llm(tiny_llm_folder), adapter)
+    plain, ids = load_llm(tiny_llm_folder), torch.tensor([[5, 6, *ours.voken_ids]])
+    if "a+" not in targets:
+        peft = PeftModel.from_pretrained(plain.causal_lm, str(adapter)).eval()
+        assert torch.allclose(ours.causal_lm(ids).logits, peft(ids).logits, atol=1e-4)
+    else:
+        assert not torch.allclose(ours.causal_lm(ids).logits, plain.causal_lm(ids).logits)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*q_proj"])
+def test_a_foreign_lora_without_voken_rows_is_refused_however_its_targets_are_named(
+    tiny_llm_folder, tmp_path, targets
+):
+    adapter = save_adapter(tiny_llm_folder, tmp_path, lambda _: LoraConfig(r=2, target_modules=targets))
+    with pytest.raises(BadInputError, match="trains no vokens") as refused:
+        load_adapter(load_llm(tiny_llm_folder), adapter)
+    assert "Set vokens to" not in str(refused.value)
 
 
 def test_an_adapter_for_another_width_is_refused(tiny_llm_folder, tmp_path):

@@ -10,6 +10,7 @@ from minigpt5_core.conditioning import SPACES, Space
 from minigpt5_core.conditioning.mapper import build_mapper
 from minigpt5_core.conditioning.mapper_file import MapperHeader, load_mapper, save_mapper
 from minigpt5_core.config import MapperConfig
+from tests.elsewhere import Elsewhere
 
 PLAIN, POOLED = Space("toy", 5, 12), Space("toy", 5, 12, 6)
 # What ComfyUI's MODELs say of themselves, by the space that they take.
@@ -222,6 +223,20 @@ def test_at_its_ends_a_blend_is_the_one_side_alone(convert, make_mapper, vokens,
     mapper, text = make_mapper(), text_conditioning(7 if strength == 0 else 3)
     ((mixed, _),) = convert(vokens=vokens, mapper=mapper, text=text, text_strength=strength)[0]
     assert mixed.shape == ((1, 5, 12) if strength == 0 else (1, 3, 12))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_a_text_that_stays_on_the_gpu_is_blended_in(convert, make_mapper, vokens, strength):
+    """As ComfyUI's --gpu-only has it; the sampler moves what it is given."""
+    pooled = torch.ones(1, 6)
+    ((tokens, _),) = text_conditioning()
+    here, there = (
+        [[tokens, {"pooled_output": pooled}]],
+        [[tokens.as_subclass(Elsewhere), {"pooled_output": pooled.as_subclass(Elsewhere)}]],
+    )
+    given = {"vokens": vokens, "mapper": make_mapper(POOLED), "text_strength": strength}
+    ((expected, more),), ((found, extra),) = (convert(text=text, **given)[0] for text in (here, there))
+    assert torch.equal(found, expected) and torch.equal(extra["pooled_output"], more["pooled_output"])
 
 
 def test_every_entry_and_every_row_of_a_text_is_blended(convert, make_mapper, vokens):

@@ -148,6 +148,42 @@ def test_an_adapters_and_a_mappers_name_lead_nowhere_else(pack, models):
     assert "none of these folders" in ask["Adapter"](adapter_name="../outside")
 
 
+def test_names_that_windows_has_written_into_a_workflow(pack, models, tmp_path):
+    mapper = put(models / "voken_mappers" / "my" / "map.safetensors")
+    adapter = put(models / "loras" / "my" / "lora" / "adapter_model.safetensors").parent
+    story = put(tmp_path / "comfyui" / "output" / "stories" / "a" / "story.json").parent
+    folders, stories = pack.part("nodes.folders"), pack.part("nodes.story")
+    assert folders.find_mapper("my\\map.safetensors") == mapper
+    assert folders.find_adapter("my\\lora") == adapter
+    assert stories._find_story("stories\\a") == story
+    assert pack.part("nodes.show")._new_folder("stories\\b")[1] == "stories/b_00001_"
+    put(models / "outside.safetensors")
+    ask = pack.nodes["MiniGPT5LoadMapper"].validate_inputs
+    assert "none of these folders" in ask(mapper_name="..\\outside.safetensors")
+    assert stories._find_story("..\\models") is None
+
+
+def test_what_is_hidden_is_not_offered(pack, models, tmp_path):
+    put(models / "LLM" / ".ipynb_checkpoints" / "config.json")
+    put(models / "LLM" / "._a.gguf")
+    put(models / "loras" / ".cache" / "adapter_model.safetensors")
+    put(models / "voken_mappers" / "._mine.safetensors")
+    put(tmp_path / "comfyui" / "output" / ".story.12.old" / "story.json")
+    assert choices(pack, "MiniGPT5LoadLLM") == ["SmolLM2-135M-Instruct"]
+    assert choices(pack, "MiniGPT5LoadAdapter") == ["storybook"]
+    assert choices(pack, "MiniGPT5LoadMapper") == ["storybook.safetensors"]
+    assert pack.part("nodes.story").saved_stories() == []
+
+
+def test_a_macs_hidden_file_beside_a_models_is_none_of_its_weights(pack, models):
+    weights, gguf = pack.part("minigpt5_core.llm.weights"), put(models / "LLM" / "one" / "model.gguf")
+    put(gguf.with_name("._model.gguf"))
+    whole = put(models / "LLM" / "two" / "model.safetensors")
+    put(whole.with_name("._model.safetensors"))
+    assert weights.gguf_in(gguf.parent) == gguf and weights.weight_files(whole.parent) == [whole]
+    assert pack.nodes["MiniGPT5LoadLLM"].validate_inputs(llm_name="one") is True
+
+
 def test_a_mapper_that_was_trained_anew_has_another_fingerprint(pack, models):
     file = put(models / "voken_mappers" / "mine.safetensors")
     node = pack.nodes["MiniGPT5LoadMapper"]

@@ -86,10 +86,10 @@ def test_a_batch_of_pictures_is_a_page_each_with_the_text_on_the_first(run):
 
 
 @pytest.mark.parametrize("name", ["Story", "AddPicture"])
-def test_transparency_is_left_out(run, story, name):
+def test_white_stands_behind_what_is_half_transparent(run, story, name):
     given = {"text": "a"} if name == "Story" else {"story": story}
     (pictured,) = run(name, image=image(RED, channels=4), **given)
-    assert torch.equal(pictured.pages[-1].picture, RED.expand(8, 12, 3))
+    assert torch.equal(pictured.pages[-1].picture, (0.5 * RED + 0.5).expand(8, 12, 3))
 
 
 def test_a_text_after_an_earlier_story_is_its_next_page(run, story):

@@ -8,6 +8,7 @@ import torch
 from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.story.captioned import read_captioned
 from minigpt5_core.story.states import read_voken_states
+from tests.elsewhere import Elsewhere
 
 NODE = "MiniGPT5TrainMapper"
 FEW = {"steps": 3, "batch": 4, "scenes": 6}
@@ -339,8 +340,21 @@ def test_of_many_lines_no_more_are_read_than_asked_for(train, pack, monkeypatch)
 
 
 def test_texts_longer_than_the_llm_reads_are_refused(train):
-    with pytest.raises(ValueError, match="Not one of the texts fits into what tiny can read, 512 tokens"):
-        train(texts="x" * 2000)
+    with pytest.raises(ValueError, match="Not one of the texts fits into what tiny can read, 4096 tokens"):
+        train(texts="x" * 5000)
+
+
+def test_a_clip_that_stays_on_the_gpu_is_learned_from(train, monkeypatch):
+    plain = Clip.encode_from_tokens_scheduled
+
+    def answer(self, tokens):
+        ((tokens, extra),) = plain(self, tokens)
+        return [
+            [tokens.as_subclass(Elsewhere), {"pooled_output": extra["pooled_output"].as_subclass(Elsewhere)}]
+        ]
+
+    monkeypatch.setattr(Clip, "encode_from_tokens_scheduled", answer)
+    assert train()
 
 
 @pytest.mark.parametrize("style", ["", "watercolor", "{Caption}"])

@@ -1,5 +1,6 @@
 """A toy LLM in the graph: loaded, adapted by patches, and telling one turn with ComfyUI's progress and Cancel."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,49 @@ def test_an_llm_computes_on_a_cpu_in_float32_unless_asked_otherwise(pack, models
     (llm,) = pack.run("MiniGPT5LoadLLM", llm_name="tiny", dtype=dtype, vokens=3).args
     assert llm.frozen.causal_lm.dtype == expected
     assert len(llm.frozen.voken_ids) == 3
+
+
+@pytest.mark.parametrize("saved", ["bfloat16", "float16", "float32", None])
+@pytest.mark.parametrize("comfy", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_auto_never_takes_float16_for_an_llm_that_was_not_saved_in_it(
+    pack, host, models, monkeypatch, saved, comfy, bf16
+):
+    management = host("comfy.model_management")
+    monkeypatch.setattr(management, "text_encoder_dtype", lambda device=None: comfy)
+    monkeypatch.setattr(management, "should_use_bf16", lambda device=None: bf16)
+    folder = models / "LLM" / "saved"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama"} | ({"torch_dtype": saved} if saved else {}))
+    )
+    chosen = pack.part("nodes.llm")._auto_dtype(torch.device("cuda"), folder)
+    if comfy in (torch.bfloat16, torch.float32) or comfy == torch.float16 and saved == "float16":
+        assert chosen == comfy
+    else:
+        assert chosen == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_a_gguf_file_does_not_say_what_it_was_trained_in(pack, models):
+    weights = pack.part("minigpt5_core.llm.weights")
+    assert not weights.is_for_float16(models / "LLM" / "a.gguf")
+    (models / "LLM" / "parts").mkdir()
+    for said, expected in (
+        ({"text_config": {"dtype": "float16"}}, True),
+        ({"dtype": "bfloat16"}, False),
+        ([], False),
+    ):
+        (models / "LLM" / "parts" / "config.json").write_text(json.dumps(said))
+        assert weights.is_for_float16(models / "LLM" / "parts") is expected
+
+
+def test_an_llm_that_answers_with_no_numbers_is_refused_in_a_sentence(tell, opening, llm):
+    for temperature in (0.0, 1.0):
+        for value in (float("nan"), float("inf")):
+            with torch.no_grad():
+                llm.frozen.causal_lm.model.norm.weight.fill_(value)
+            with pytest.raises(ValueError, match="NaN or infinite.*load it in bfloat16 or float32"):
+                tell(opening, temperature=temperature)
 
 
 # Load Adapter
@@ -359,9 +403,19 @@ def test_cancel_ends_a_turn_within_one_token(host, tell, opening):
 
 
 def test_an_opening_longer_than_the_llm_reads_is_refused(tell, pack):
-    long = pack.part("nodes.sockets").StorySoFar("Mia " * 200)
+    long = pack.part("nodes.sockets").StorySoFar("Mia " * 1100)
     with pytest.raises(ValueError, match="Shorten the prompt"):
         tell(long)
+
+
+@pytest.mark.parametrize("longest", [4096, 10**6])
+def test_a_turn_may_be_asked_to_be_longer_than_the_llm_reads(host, tell, llm, opening, monkeypatch, longest):
+    """A limit is no promise: the reply ends with the context, and no more memory is asked for than that."""
+    llm.frozen.causal_lm.config.max_position_embeddings = 256
+    told, text, vokens = tell(opening, max_new_tokens=longest, temperature=1.0)
+    assert len(told.pages) == 1 and len(vokens.states) == 1 and len(text) < 256
+    positions = host("comfy.model_management").loads[-1]["memory_required"] // (2 * 2 * 2 * 8 * 4)
+    assert positions == 256
 
 
 # What the LLM sees

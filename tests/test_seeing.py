@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from minigpt5_core.conditioning.mapper_file import load_mapper
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.llm import load_llm, load_vision
+from minigpt5_core.llm import add_vokens, load_llm, load_vision
 from minigpt5_core.story.prompts import DESCRIBE, LOOK, Turn
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig, load_image_adapter
 from minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
+from tests.conftest import make_tiny_parts
 from tests.stages import train_finetune, train_mapper
 from trainer.common.recipe import make_recipe
 from trainer.llm.sequences import story_losses, story_sequence
@@ -34,6 +35,12 @@ from trainer.storybook.world.visual_turns import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def tiny_llm():
+    """A token a letter: a whole story needs more than the 512 that others have."""
+    return add_vokens(*make_tiny_parts(context=4096), 8)
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.llm import add_vokens
 from minigpt5_core.story.prompts import LOOK, NEXT
+from tests.conftest import make_tiny_parts
 from tests.stages import stopping_source, train_align, train_finetune
 from trainer.common.images import center_crop
 from trainer.common.recipe import make_recipe
@@ -119,6 +121,12 @@ def test_a_dialogue_is_answered_by_its_speaker_with_little_history(picture):
         ],
         0,
     )
+
+
+@pytest.fixture
+def tiny_llm():
+    """A token a letter: a whole story needs more than the 512 that others have."""
+    return add_vokens(*make_tiny_parts(context=4096), 8)
 
 
 @pytest.mark.parametrize("name", TASKS)

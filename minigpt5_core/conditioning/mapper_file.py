@@ -13,6 +13,7 @@ import torch
 from ..config import MapperConfig, build
 from ..errors import BadInputError
 from ..tensor_files import FORMAT_VERSION, atomic_save, check_shapes, read_tensors
+from ..texts import parse_json
 from .mapper import Mapper, build_mapper
 from .spaces import Space
 
@@ -124,8 +125,8 @@ def _json(value: Any) -> str:
 
 def _decode(metadata: dict[str, str], key: str, path: Path) -> Any:
     try:
-        value = json.loads(metadata[key])
-    except json.JSONDecodeError as error:
+        value = parse_json(metadata[key])
+    except ValueError as error:
         raise BadInputError(f"{path}: {key} is not JSON ({error}). Save the mapper again.") from error
     if not isinstance(value, dict):
         raise BadInputError(f"{path}: {key} is {value!r}, expected an object.")

@@ -29,14 +29,16 @@ def generate(
 
     `cache` (one prompt only) keeps the story's keys and values from turn to turn. `on_token(row)` is called for every
     step of a row; a true answer stops everything, and the replies so far are returned with `stopped` = "cancelled".
-    Raises BadInputError for a prompt longer than the LLM's context.
+    A reply ends with the LLM's context, whatever `sampling` allows. Raises BadInputError for a longer prompt.
     """
     if len(seeds) != len(prompts) or (cache is not None and len(prompts) != 1):
         raise ValueError(
             f"{len(prompts)} prompts need as many seeds (got {len(seeds)}); a cache serves one prompt."
         )
     # 1. Prefill: the prompts' keys and values, and the state that predicts each row's first token.
-    rows = [RowState(llm, sampling, seed) for seed in seeds]
+    context = llm.context
+    rooms = [context - prompt.length for prompt in prompts]
+    rows = [RowState(llm, sampling, seed, room) for seed, room in zip(seeds, rooms, strict=True)]
     decoder = BatchDecoder(llm, len(rows), cache)
     decoder.prefill(prompts)
     while active := [row for row in rows if not row.stopped]:

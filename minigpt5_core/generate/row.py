@@ -37,24 +37,24 @@ class Reply:
 class RowState:
     """One story's progress through the decode loop. Once `stopped` is set, the ids chosen last are the last to feed.
 
-    `states` are those that predict the vokens of each block so far, (V, L) each.
+    `states` are those that predict the vokens of each block so far, (V, L) each. `room` is how many positions there
+    are behind the prompt.
     """
 
-    def __init__(self, llm: FrozenLLM, sampling: Sampling, seed: int) -> None:
-        self.llm, self.sampling = llm, sampling
+    def __init__(self, llm: FrozenLLM, sampling: Sampling, seed: int, room: int) -> None:
+        self.llm, self.sampling, self.room = llm, sampling, room
         self.generator = seeded_generator(seed, llm.device)
         self.ids: list[int] = []
         self.states: list[Tensor] = []
         self.stopped = ""
         self.processors = logits_processors(sampling)
-        end = llm.tokenizer.eos_token_id
-        self.stop_ids = set(sampling.stop_ids) or ({end} if end is not None else set())
+        self.stop_ids = set(sampling.stop_ids) or llm.stop_ids
 
     def next_ids(self, logits: Tensor) -> list[int]:
         """The ids to feed next, by logits (vocabulary,): a token, a block, a last token with a block, or nothing."""
         if self.sampling.pictures == "first" and not self.ids:
             return self._voken_block()
-        if len(self.ids) >= self.sampling.max_new_tokens:
+        if len(self.ids) >= self.sampling.max_new_tokens or not self._fits(1):
             return self._stop("length")
         token = self._sample(logits)
         if token == self.llm.voken_ids[0]:
@@ -64,6 +64,11 @@ class RowState:
         self.ids.append(token)
         return self._stop("stop string", [token]) if self._in_stop_string() else [token]
 
+    def _fits(self, more: int) -> bool:
+        """Whether there is room for so many tokens and a voken block behind them."""
+        count, blocks = len(self.llm.voken_ids), self.ids.count(self.llm.voken_ids[0])
+        return len(self.ids) + blocks * (count - 1) + more + count <= self.room
+
     def _voken_block(self) -> list[int]:
         self.ids.append(self.llm.voken_ids[0])
         if self.sampling.pictures == "after_text" and len(self.states) + 1 >= self.sampling.max_pictures:
@@ -72,7 +77,8 @@ class RowState:
 
     def _stop(self, reason: str, last: list[int] | None = None) -> list[int]:
         """Ends the reply; with "after_text" a reply without a picture gets one first."""
-        owed = self._voken_block() if self.sampling.pictures == "after_text" and not self.states else []
+        owes = self.sampling.pictures == "after_text" and not self.states and self._fits(0)
+        owed = self._voken_block() if owes else []
         self.stopped = reason
         return (last or []) + owed
 

@@ -16,6 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..errors import BadInputError
+
 Pictures = Literal["after_text", "when_asked", "first", "none"]
 
 
@@ -71,12 +73,17 @@ def sample_token(
 ) -> int:
     """The next token from `logits` (vocabulary,): never one of `suppressed`; without a generator the likeliest.
 
-    `history` are the ids that the repetition penalty counts.
+    `history` are the ids that the repetition penalty counts. BadInputError for logits that are no numbers.
     """
     ids = torch.tensor([list(history)], dtype=torch.long, device=logits.device)
     suppress = SuppressTokensLogitsProcessor(suppressed, device=logits.device)
     # suppressed first, so that top-p and top-k never leave only tokens that may not come
     scores = processors(ids, suppress(ids, logits[None].float()))
+    if not scores.max().isfinite():
+        raise BadInputError(
+            "The LLM answers with numbers that are none (NaN or infinite). A model that was trained in bfloat16 does "
+            "so in float16: load it in bfloat16 or float32. Else weights are damaged: copy model and adapter again."
+        )
     if generator is None:
         return int(scores.argmax())
     return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=generator))

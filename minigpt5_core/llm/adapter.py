@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInputError
+from ..texts import read_json
 from .prefix import Prefix, read_prefix
 from .unmerged_lora import UnmergedLora, is_quantized
 
@@ -64,7 +65,7 @@ def read_adapter(
     `tied_head` says whether the LLM has one matrix for embedding and head (None: look): see `FrozenLLM.tied_head`.
     """
     _check_files(folder)
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG)
     _check_config(config)
     prefix, header = None, {}
     file = folder / ADAPTER_WEIGHTS
@@ -163,6 +164,12 @@ def _check_config(config: Any) -> None:
 def _check_voken_rows(config: dict, voken_ids: list[int], width: int, folder: Path) -> None:
     """BadInputError unless the adapter trains exactly the rows that are vokens in this LLM."""
     rows = config.get("token_indices") or config.get("trainable_token_indices") or []
+    if not rows:
+        raise BadInputError(
+            f"The adapter in {folder} trains no vokens, as python -m trainer's do: it is a LoRA for text alone, and "
+            "the LLM would know no more of pictures than without it. To use it, merge it into the LLM with PEFT "
+            "(merge_and_unload, then save_pretrained), load that as the LLM, and train an adapter for it."
+        )
     for found in rows.values() if isinstance(rows, dict) else [rows]:  # LoRA may name them layer by layer
         if list(found) != voken_ids:
             raise BadInputError(
@@ -182,7 +189,7 @@ def _span(rows: list[int]) -> str:
 def _check_tensors(
     config: dict, weights: dict[str, Tensor], causal_lm: PreTrainedModel, width: int, folder: Path
 ) -> None:
-    expected = dict(_expected(config, causal_lm))
+    expected = dict(_expected(config, causal_lm, weights))
     head = _name_of(causal_lm, causal_lm.get_output_embeddings())
     optional = {
         f"{PREFIX}{head}.{ROWS}",
@@ -205,7 +212,9 @@ def _check_tensors(
     )
 
 
-def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _expected(
+    config: dict, causal_lm: PreTrainedModel, weights: dict[str, Tensor]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The names and shapes of all tensors that an adapter of this configuration holds for this LLM."""
     if config.get("modules_to_save"):
         for name in _tables(causal_lm):
@@ -214,11 +223,21 @@ def _expected(config: dict, causal_lm: PreTrainedModel) -> Iterator[tuple[str, t
         yield _expected_rows(config, causal_lm)
     if config["peft_type"] != "LORA":
         return
-    targets = [] if config["target_modules"] == NO_LORA else config["target_modules"]
+    targets = _targets(config["target_modules"], weights)
     for name, module in causal_lm.named_modules():
         if isinstance(module, nn.Linear) and _is_target(name, targets):
             yield f"{PREFIX}{name}.lora_A.weight", (config["r"], module.in_features)
             yield f"{PREFIX}{name}.lora_B.weight", (module.out_features, config["r"])
+
+
+def _targets(named: str | list[str], weights: dict[str, Tensor]) -> list[str]:
+    """The modules that LoRA changes, as a list. PEFT also takes a pattern, or words such as all-linear: which modules
+    that were, the file itself says, and nobody else's pattern is run."""
+    if not isinstance(named, str):
+        return named
+    ending = ".lora_A.weight"
+    held = [name.removeprefix(PREFIX).removesuffix(ending) for name in weights if name.endswith(ending)]
+    return [] if named == NO_LORA else held
 
 
 def _expected_rows(config: dict, causal_lm: PreTrainedModel) -> tuple[str, tuple[int, ...]]:

@@ -23,6 +23,7 @@ from ..vision.encoder import ImageEncoder
 from ..vision.qformer import QFormerEncoder
 from ..vokens import PICTURE
 from .adapter import Adapter
+from .chat import Chat, find_chat, special_ids
 from .families.base import Family, VisionFamily
 from .unmerged_lora import UnmergedLora
 
@@ -37,11 +38,12 @@ class FrozenLLM:
     one, and so also what is merged into the causal LM's weights later.
 
     `causal_lm` may carry PEFT layers. It sees pictures by an `image_encoder`, or by itself where its `family` does;
-    `seen` keeps the image tokens of the latest pictures. A learned `prefix` makes a cache for so many stories that
-    begins with it. `bos_id` is the id that an adapter's prompts begin with, None where the tokenizer decides.
-    `unmerged_lora` is LoRA of quantized weights: `read` applies it, `causal_lm` called by itself does not.
-    `tied_head`: whether embedding and head are one matrix. It is found out once, when the LLM is loaded: later a host
-    may have put other tensors in place of the weights, as ComfyUI's patches do, and the tie no longer shows.
+    `seen` keeps the image tokens of the latest pictures, `chats` how its chat templates word a conversation. A learned
+    `prefix` makes a cache for so many stories that begins with it. `bos_id` is the id that an adapter's prompts begin
+    with, None where the tokenizer decides. `unmerged_lora` is LoRA of quantized weights: `read` applies it, `causal_lm`
+    called by itself does not. `tied_head`: whether embedding and head are one matrix. It is found out once, when the
+    LLM is loaded: later a host may have put other tensors in place of the weights, as ComfyUI's patches do, and the tie
+    no longer shows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +56,7 @@ class FrozenLLM:
     bos_id: int | None = None
     unmerged_lora: tuple[UnmergedLora, ...] = ()
     tied_head: bool | None = None
+    chats: dict[str, Chat] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tied_head is None:
@@ -66,6 +69,27 @@ class FrozenLLM:
         return self.image_encoder is not None or self.family.has_vision
 
     @property
+    def chat(self) -> Chat:
+        """How its chat template words a conversation, found out once; BadInputError for one that cannot be used."""
+        template = repr(self.tokenizer.chat_template)
+        if template not in self.chats:
+            self.chats[template] = find_chat(self.tokenizer, self.family, self._known_ends())
+        return self.chats[template]
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """The ids that end a reply, whichever comes first: a model may have been trained with several."""
+        return self._known_ends() | {self.chat.end}
+
+    def _known_ends(self) -> set[int]:
+        """The tokenizer's, and those of generation_config.json, where a list of plain words may stand by default."""
+        said = getattr(getattr(self.causal_lm, "generation_config", None), "eos_token_id", None)
+        more = set(said if isinstance(said, (list, tuple)) else [said])
+        known = special_ids(self.tokenizer) - {*self.voken_ids, self.picture_id}
+        own = {self.tokenizer.eos_token_id} - {None}
+        return own | (more & known)
+
+    @property
     def width(self) -> int:
         """L."""
         return self.causal_lm.config.get_text_config().hidden_size
@@ -73,7 +97,9 @@ class FrozenLLM:
     @property
     def context(self) -> int:
         """The longest sequence the LLM can read, in tokens: what it was made for, less a prefix."""
-        longest = self.causal_lm.config.get_text_config().max_position_embeddings
+        longest = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+        if longest is None:  # no positions to run out of: what its tokenizer says, or no end
+            longest = int(self.tokenizer.model_max_length)
         return longest - self.begin(1).get_seq_length()
 
     @property

@@ -52,7 +52,7 @@ def load_llm(
             "safetensors weights and a tokenizer, or a .gguf file, or make the default one: "
             "python -m minigpt5_core get-llm"
         )
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("[!.]*.safetensors")):
         raise BadInputError(
             f"{folder} holds no .safetensors weights, and pickled ones (.bin) are never read. Save the model again "
             "with transformers' save_pretrained, which writes safetensors."
@@ -77,7 +77,13 @@ def load_llm(
         else:
             model = model.to(device)
         family = load_family(kind, folder, model.config, tokenizer)
-    return add_vokens(tokenizer, model, vokens, family)
+        return _tried(add_vokens(tokenizer, model, vokens, family))
+
+
+def _tried(llm: FrozenLLM) -> FrozenLLM:
+    """The LLM, its chat template tried: one that fails should be said now, not in the midst of a story."""
+    assert llm.chat
+    return llm
 
 
 def _load_gguf(
@@ -90,7 +96,7 @@ def _load_gguf(
         )
     with reading(f"The LLM in {file} cannot be read", file, OTHER_FILE):
         tokenizer, model = read_gguf(file, dtype)
-    return add_vokens(tokenizer, model.to(device), vokens)
+        return _tried(add_vokens(tokenizer, model.to(device), vokens))
 
 
 def add_vokens(

@@ -10,12 +10,15 @@ import torch
 
 from ..errors import BadInputError
 from ..tensor_files import open_tensors
+from ..texts import read_json
 from ..vision.image_adapter import IMAGE_ADAPTER, QFORMER
+
+DTYPES = ("torch_dtype", "dtype")  # older and newer names; a part of the model may say it itself
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of an LLM's own weights."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("[!.]*.safetensors"))
     return [file for file in files if file.name not in (IMAGE_ADAPTER, QFORMER)]
 
 
@@ -23,8 +26,19 @@ def gguf_in(path: Path) -> Path | None:
     """`path` where it is a .gguf file, or the one in a folder without safetensors weights; else None."""
     if path.suffix == ".gguf" and not path.is_dir():
         return path
-    found = sorted(path.glob("*.gguf"))
+    found = sorted(path.glob("[!.]*.gguf"))
     return found[0] if len(found) == 1 and not weight_files(path) else None
+
+
+def is_for_float16(folder: Path) -> bool:
+    """Whether an LLM's config.json says that its weights are float16: numbers of any other may be too large for it."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):  # a GGUF file, which does not say
+        return False
+    parts = [config, config.get("text_config")] if isinstance(config, dict) else []
+    said = [part[name] for part in parts if isinstance(part, dict) for name in DTYPES if name in part]
+    return bool(said) and said[-1] in ("float16", "torch.float16")
 
 
 def hash_weights(folder: Path) -> str:

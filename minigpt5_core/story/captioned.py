@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInputError
+from ..texts import encoding_of, parse_json
 
 BAR = "|"
 CAPTIONED = "captioned.txt.gz"  # in the storybook's folder: its own captions and stories
@@ -62,8 +63,8 @@ def open_captioned(path: Path) -> Iterator[str]:
     """The lines of a text file, plain or with gzip; BadInputError for one that cannot be read."""
     try:
         with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else file as plain:
-            yield from io.TextIOWrapper(plain, encoding="utf-8", errors="replace")
-    except (OSError, EOFError) as error:
+            yield from io.TextIOWrapper(plain, encoding=encoding_of(plain.peek(4)[:4]), errors="replace")
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInputError(f"{path.name} cannot be read: {error}. Copy it again.") from error
 
 
@@ -92,9 +93,10 @@ def _scene(line: str, number: int) -> CaptionedScene:
 def _of_json(line: str, number: int) -> CaptionedStory:
     """`{"items": [{"text": ..}, {"caption": ..}, ..]}`, a picture's caption too."""
     try:
-        items = json.loads(line)["items"]
+        items = parse_json(line)["items"]
+        line.encode()  # a story for the LLM has no half characters
         return tuple(_scenes_of(items))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadInputError(
             f"Line {number} of the texts begins with a brace, but is no story: {line!r:.120}. Expected "
             '{"items": [{"text": ..}, {"caption": ..}, ..]}, or a line without braces.'

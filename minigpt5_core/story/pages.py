@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import BadInputError
 from ..files import draft_of, put, restore, whole_folder
 from ..inside import lies_inside
-from ..rasters import open_picture
+from ..rasters import UNREADABLE, as_seen, open_picture
 from .story import FILE_NAME, Scene, Story
 
 STRIP, HTML, MARKDOWN = "strip.png", "story.html", "story.md"
@@ -27,6 +27,7 @@ LEFT_BY_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}
 # The strip, in pixels.
 PAGE, MARGIN, FONT_SIZE, LINE = 384, 24, 22, 30
 PAGES_IN_A_ROW = 6
+TALLEST = 4 * PAGE
 PAPER, BACKGROUND, INK = "#fffdf7", "#e9e4d8", "#2b2a27"
 
 
@@ -141,7 +142,7 @@ def read_pictures(story: Story, folder: Path) -> list[Image.Image | None]:
         path = folder / scene.picture if scene.picture else None
         try:
             pictures.append(_read(path, folder) if path else None)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise BadInputError(f"Cannot read the story's picture {path}: {error}.") from error
     return pictures
 
@@ -150,7 +151,7 @@ def _read(path: Path, folder: Path) -> Image.Image:
     if not lies_inside(path, folder):
         raise BadInputError("it is a link that leads out of the story's folder; put the picture itself there")
     with open_picture(path) as picture:
-        return picture.convert("RGB")
+        return as_seen(picture)
 
 
 def draw_strip(story: Story, pictures: list[Image.Image | None]) -> Image.Image:
@@ -173,14 +174,24 @@ def draw_strip(story: Story, pictures: list[Image.Image | None]) -> Image.Image:
 def _draw_page(text: str, picture: Image.Image | None) -> Image.Image:
     """One page, `PAGE` wide: the picture scaled to that width, then the text in as many lines as it needs."""
     lines = wrap(text, PAGE - 2 * MARGIN)
-    picture_height = round(PAGE * picture.height / picture.width) if picture else 0
+    scaled = None if picture is None else _scaled(as_seen(picture))
+    picture_height = scaled.height if scaled else 0
     page = Image.new("RGB", (PAGE, picture_height + LINE * len(lines) + 2 * MARGIN), PAPER)
-    if picture:
-        page.paste(picture.convert("RGB").resize((PAGE, picture_height), Image.Resampling.LANCZOS))
+    if scaled:
+        page.paste(scaled, ((PAGE - scaled.width) // 2, 0))
     draw = ImageDraw.Draw(page)
     for number, line in enumerate(lines):
         draw.text((MARGIN, picture_height + MARGIN + number * LINE), line, font=_font(), fill=INK)
     return page
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    """As wide as a page, unless it would be too tall then: a picture may be 1 x 30,000."""
+    height = max(1, round(PAGE * picture.height / picture.width))
+    size = (
+        (PAGE, height) if height <= TALLEST else (max(1, TALLEST * picture.width // picture.height), TALLEST)
+    )
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def wrap(text: str, width: int) -> list[str]:
@@ -240,7 +251,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def _png(picture: Image.Image, metadata: PngInfo | None = None) -> bytes:
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "PNG", pnginfo=metadata)
+    as_seen(picture).save(buffer, "PNG", pnginfo=metadata)
     return buffer.getvalue()
 
 

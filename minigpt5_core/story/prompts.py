@@ -3,6 +3,7 @@
 A reply ends with its voken block. The published checkpoints' wordings are in `published_prompts`.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInputError
 from ..generate.prompt import Prompt
+from ..llm.chat import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from ..llm.frozen import FrozenLLM
 from ..vokens import PICTURE, plain
 
@@ -17,11 +19,6 @@ SYSTEM = "You tell a picture book story, scene by scene."
 NEXT = "What happens next?"
 LOOK = "Look at this picture."  # the request of a scene that is a picture without text
 DESCRIBE = "What does the picture show?"
-# For an LLM whose tokenizer has no chat template: a line a message, each ended by the LLM's own end mark.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}{{ eos_token }}\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -61,25 +58,15 @@ class FittedPrompt:
 
 def chat_text(llm: FrozenLLM, turns: Sequence[Turn]) -> str:
     """The turns in the LLM's chat template, or a plain one; a last turn still to be told leaves its reply open."""
-    family = llm.family
     block = "".join(llm.tokenizer.convert_ids_to_tokens(llm.voken_ids))
-    said = [("system", SYSTEM)]
-    for turn in turns:
-        said.append(("user", plain(turn.request)))
-        if turn.text is not None:
-            slot = f"{family.before}{PICTURE}{family.after}" if turn.image_tokens is not None else ""
-            said.append(
-                ("assistant", plain(turn.text) + (block if turn.picture else "") + slot + family.reply_end)
-            )
-    content = family.content if llm.tokenizer.chat_template else str
-    messages = [{"role": role, "content": content(text)} for role, text in said]
-    is_open = bool(turns) and turns[-1].text is None
-    return llm.tokenizer.apply_chat_template(
-        messages,
-        chat_template=None if llm.tokenizer.chat_template else PLAIN_TEMPLATE,
-        tokenize=False,
-        add_generation_prompt=is_open,
-    )
+    return llm.chat.text(SYSTEM, [(plain(turn.request), _reply(llm, turn, block)) for turn in turns])
+
+
+def _reply(llm: FrozenLLM, turn: Turn, block: str) -> str | None:
+    if turn.text is None:
+        return None
+    slot = f"{llm.family.before}{PICTURE}{llm.family.after}" if turn.image_tokens is not None else ""
+    return plain(turn.text) + (block if turn.picture else "") + slot
 
 
 def chat_prompt(llm: FrozenLLM, turns: Sequence[Turn]) -> Prompt:
@@ -95,18 +82,21 @@ def fit_prompt(llm: FrozenLLM, turns: Sequence[Turn], room: int, wording: Wordin
     """The prompt for a story whose last turn is still to be told, leaving `room` tokens for the reply.
 
     A story longer than the context keeps its first scene and its latest ones; which scenes were left out is returned.
+    Room for more than half of the context is none that was promised: a reply may be as long as what the prompt leaves.
     Raises BadInputError when the first scene and the request do not fit.
     """
-    limit = llm.context - room
-    dropped: list[int] = []
-    while True:
-        kept = [turn for index, turn in enumerate(turns) if index not in dropped]
-        prompt = wording.prompt(llm, kept)
-        if prompt.length <= limit:
-            return FittedPrompt(prompt, tuple(dropped))
-        if len(kept) <= 2:
-            raise BadInputError(
-                f"The prompt is {prompt.length} tokens long; with {room} kept for the reply this LLM reads at most "
-                f"{limit}. Shorten the prompt."
-            )
-        dropped.append(len(dropped) + 1)
+    limit = llm.context - min(room, llm.context // 2)
+
+    def prompt_without(count: int) -> Prompt:
+        return wording.prompt(llm, [*turns[:1], *turns[1 + count :]])
+
+    most = max(0, len(turns) - 2)
+    fits = [count for count in (0, most) if prompt_without(count).length <= limit]
+    if not fits:
+        raise BadInputError(
+            f"The prompt is {prompt_without(most).length} tokens long; with {llm.context - limit} kept for the reply "
+            f"this LLM reads at most {limit}. Shorten the prompt."
+        )
+    if fits[0]:  # fewer scenes make a shorter prompt
+        fits = [bisect_left(range(most), True, key=lambda count: prompt_without(count).length <= limit)]
+    return FittedPrompt(prompt_without(fits[0]), tuple(range(1, 1 + fits[0])))

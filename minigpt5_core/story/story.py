@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import BadInputError
 from ..files import restore
+from ..texts import parse_json, text_in
 
 FORMAT_VERSION = 1
 FILE_NAME = "story.json"
@@ -49,8 +50,8 @@ class Story:
     def from_json(cls, text: str) -> "Story":
         """The story in the text of a story.json; BadInputError for anything that `to_json` does not write."""
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise BadInputError(f"The story is not valid JSON: {error}.") from error
         _check_keys(values, ("format_version", "prompt", "seed", "scenes"), "the story")
         version = values.pop("format_version")
@@ -69,7 +70,7 @@ def load_story(path: Path) -> Story:
     restore(path.parent if path.name == FILE_NAME else path)
     path = path / FILE_NAME if path.is_dir() else path
     try:
-        return Story.from_json(path.read_text(encoding="utf-8"))
+        return Story.from_json(text_in(path))
     except OSError as error:
         raise BadInputError(
             f"Cannot read {path}: {error.strerror}. Expected a saved story's {FILE_NAME}."

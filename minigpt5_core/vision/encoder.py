@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadInputError
+from ..sizes import check_sizes
 from .pictures import to_square
 
 
@@ -42,6 +43,7 @@ class ImageEncoderConfig:
         ]
         if not self.channels or any(type(number) is not int or number < 1 for number in numbers):
             raise BadInputError(f"Image encoder config: {self}; every size must be a whole number from 1 on.")
+        check_sizes(vars(self), "Image encoder config")
         if self.size % 2 ** len(self.channels) or self.hidden % self.heads:
             raise BadInputError(
                 f"Image encoder config: {len(self.channels)} convolutions halve the side of {self.size} pixels, and "

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import build
 from ..errors import BadInputError
-from ..tensor_files import FORMAT_VERSION, atomic_save, read_tensors
+from ..tensor_files import FORMAT_VERSION, atomic_save, check_shapes, read_tensors
+from ..texts import parse_json
 from .encoder import ImageEncoder, ImageEncoderConfig
 
 # image encoders that lie in an LLM's folder beside its own weights: ours, and the published model's
@@ -48,11 +51,11 @@ def load_image_adapter(path: Path) -> tuple[ImageEncoder, ImageAdapterHeader]:
         raise BadInputError(
             f"{path}: minigpt5.llm is {llm!r}; expected id, hash and the encoder's width {config.llm_width}."
         )
-    encoder = ImageEncoder(config)
-    try:
-        encoder.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise BadInputError(f"{path}: its tensors are not those of the header's encoder: {error}") from error
+    with torch.device("meta"):  # nothing is made of sizes that the tensors do not have
+        encoder = ImageEncoder(config)
+    trouble = f"{path}: its tensors are not those of the header's encoder"
+    check_shapes(encoder, tensors, trouble, "Copy the file again.")
+    encoder.to_empty(device="cpu").load_state_dict(tensors, strict=True)
     return encoder.eval(), ImageAdapterHeader(llm["id"], llm["width"], llm["hash"], values["trained"])
 
 
@@ -64,8 +67,8 @@ def _header(metadata: dict[str, str], path: Path) -> dict[str, Any]:
             f"{IMAGE_ADAPTER} that python -m trainer image-adapter wrote."
         )
     try:
-        values = {key: json.loads(metadata[f"minigpt5.{key}"]) for key in KEYS}
-    except json.JSONDecodeError as error:
+        values = {key: parse_json(metadata[f"minigpt5.{key}"]) for key in KEYS}
+    except ValueError as error:
         raise BadInputError(f"{path}: its header is not JSON ({error}). Copy the file again.") from error
     if str(values["format_version"]) != FORMAT_VERSION:
         raise BadInputError(

@@ -8,10 +8,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from ..rasters import as_seen
+
 
 def picture_tensor(picture: Image.Image) -> Tensor:
-    """The picture as (H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
+    """The picture as (H, W, 3) in [0, 1], as a viewer shows it."""
+    return torch.from_numpy(np.asarray(as_seen(picture), dtype=np.float32) / 255)
 
 
 def to_square(pictures: Tensor, size: int) -> Tensor:

@@ -18,7 +18,9 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfi
 
 from ..config import build
 from ..errors import BadInputError
+from ..sizes import check_sizes
 from ..tensor_files import FORMAT_VERSION, check_shapes, read_tensors
+from ..texts import parse_json
 from .pictures import picture_tensor
 
 # CLIP's, which EVA was trained with
@@ -54,6 +56,7 @@ class QFormerConfig:
     def __post_init__(self) -> None:
         if min(dataclasses.astuple(self)) < 1:
             raise BadInputError(f"Vision config: {self}; every size must be 1 or more.")
+        check_sizes(vars(self), "Vision config")
         for width, heads in ((self.vision_width, self.vision_heads), (self.width, self.heads)):
             if width % heads:
                 raise BadInputError(
@@ -117,7 +120,11 @@ def load_qformer(path: Path, dtype: torch.dtype = torch.float32) -> QFormerEncod
             f"{path} has format version {found}, expected {FORMAT_VERSION} and the key minigpt5.qformer. Give the file "
             "that python -m trainer convert minigpt4 wrote."
         )
-    config = build(QFormerConfig, json.loads(metadata["minigpt5.qformer"]), f"{path}: minigpt5.qformer")
+    try:
+        values = parse_json(metadata["minigpt5.qformer"])
+    except ValueError as error:
+        raise BadInputError(f"{path}: its header is not JSON ({error}). Copy the file again.") from error
+    config = build(QFormerConfig, values, f"{path}: minigpt5.qformer")
     return build_qformer(config, tensors, str(path))
 
 

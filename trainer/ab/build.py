@@ -1,6 +1,5 @@
 """ab build: pairs two systems' stories and lays them into a folder in which no rater can tell which is whose."""
 
-import json
 import os
 import random
 from collections.abc import Sequence
@@ -9,12 +8,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.files import whole_folder
 from minigpt5_core.inside import named_file
-from minigpt5_core.rasters import open_picture
+from minigpt5_core.rasters import UNREADABLE, as_seen, open_picture
+from minigpt5_core.texts import parse_json, text_in
 
 from .study import PICTURES, STUDY, Item, Pair, Study
 
@@ -69,7 +69,7 @@ def build_study(
 def read_system(path: Path) -> dict[str, RatedStory]:
     """A system's stories by id, from JSON Lines; BadInputError names the line that is wrong."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut texts at U+2028 too
+        lines = text_in(path).split("\n")  # splitlines would cut texts at U+2028 too
     except OSError as error:
         raise BadInputError(
             f"{path} cannot be read: {error.strerror}. Expected a file with a story a line."
@@ -92,8 +92,8 @@ def read_system(path: Path) -> dict[str, RatedStory]:
 
 def _story(line: str, where: str) -> tuple[str, list[Item]]:
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(line)
+    except ValueError as error:
         raise BadInputError(f"{where}: not valid JSON ({error}). Expected one such as {LINE}") from error
     if not isinstance(values, dict) or not isinstance(values.get("id"), str):
         raise BadInputError(f'{where}: found no text "id". Expected a line such as {LINE}')
@@ -205,13 +205,13 @@ def _plain(story: RatedStory, name: str) -> Image.Image:
         raise BadInputError(f"{story}: picture {error}.") from error
     try:
         with open_picture(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            seen = as_seen(picture)
+    except UNREADABLE as error:
         found = "is not there" if not path.exists() else f"cannot be read as a picture ({error})"
         raise BadInputError(
             f"{story}: picture {name!r} {found}: looked for {path}. Expected a path from the folder of "
             f"{story.file.name}."
         ) from error
-    plain = Image.new("RGB", upright.size, "white")
-    plain.paste(upright, mask=upright.getchannel("A"))
+    plain = Image.new("RGB", seen.size)
+    plain.paste(seen)
     return plain

@@ -186,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise _RefusedError(415, "Expected application/json.")
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit() and int(length) <= LONGEST_BODY):
+        if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= LONGEST_BODY):
             raise _RefusedError(413, f"Expected a Content-Length of at most {LONGEST_BODY}.")
         try:
             values = json.loads(self.rfile.read(int(length)))

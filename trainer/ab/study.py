@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.texts import read_json
 
 FORMAT_VERSION = 1
 STUDY, ANSWERS, PICTURES = "study.json", "answers.sqlite", "pictures"
@@ -79,7 +80,7 @@ def load_study(folder: Path) -> Study:
     """The study that `ab build` wrote into `folder`; BadInputError where there is none."""
     path = folder / STUDY
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         version = values.pop("format_version")
         if version != FORMAT_VERSION:
             raise BadInputError(

@@ -6,11 +6,13 @@ they had before, {old: "key" or "table.key"}; with `FLAT` it takes the keys of i
 
 import dataclasses
 import tomllib
+from datetime import date, time
 from pathlib import Path
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from minigpt5_core.config import build
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.texts import text_in
 
 Recipe = TypeVar("Recipe")
 
@@ -31,8 +33,22 @@ def read_values(kind: type, path: Path | None, changes: list[str]) -> dict[str, 
     source = str(path) if path else "--set"
     values = in_place(kind, _read(path), source) if path else {}
     for change in changes:
-        _merge(values, in_place(kind, _read_change(change), source), change)
+        placed = in_place(kind, _read_change(change), source)
+        _merge(values, _as_written(kind, placed, change.partition("=")[2].strip()), change)
     return values
+
+
+def _as_written(kind: type, values: dict[str, Any], text: str) -> dict[str, Any]:
+    """The one value among nested ones as `text` where its field holds text: a folder may be called 2024-05-01."""
+    hints = get_type_hints(kind)
+    written: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints.get(name)
+        if isinstance(value, dict) and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            written[name] = _as_written(hint, value, text)
+        else:
+            written[name] = text if hint in (str, str | None) and not isinstance(value, str) else value
+    return written
 
 
 def make_recipe(kind: type[Recipe], **values: Any) -> Recipe:
@@ -51,13 +67,20 @@ def change_recipe(recipe: Recipe, **values: Any) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(text_in(path))
     except OSError as error:
         raise BadInputError(
             f"Recipe {path} cannot be read: {error.strerror}. See trainer/recipes/."
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadInputError(f"Recipe {path} is not valid TOML: {error}.") from error
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, or tables in tables in tables
+        raise BadInputError(f"Recipe {path} is not valid TOML: {error}.{_about_windows(error)}") from error
+
+
+def _about_windows(error: Exception) -> str:
+    """How to write a path with backslashes, where these may be the trouble."""
+    said = str(error).lower()
+    hint = " A path with backslashes stands in single quotation marks: 'C:\\data\\mine'."
+    return hint if "escape" in said or "\\" in said or "hex value" in said else ""
 
 
 def _read_change(change: str) -> dict[str, Any]:
@@ -164,6 +187,10 @@ def _coerce(value: Any, expected: Any, key: str, source: str) -> Any:
         return build_recipe(expected, value, f"{source}: {key}")
     if isinstance(value, list) and (expected is tuple or get_origin(expected) is tuple):
         return tuple(value)
+    if isinstance(value, date | time):
+        raise BadInputError(
+            f'{source}: {key} is a date or a time; write it in quotation marks: {key} = "{value}".'
+        )
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return value

@@ -58,7 +58,7 @@ def read_tensors(path: Path, *keys: str) -> dict[str, Tensor]:
 def read_folder(folder: Path) -> dict[str, Tensor]:
     """The tensors of a Hugging Face model folder: its safetensors files, or the pickled ones where it has none."""
     tensors: dict[str, Tensor] = {}
-    if files := sorted(folder.glob("*.safetensors")):
+    if files := sorted(folder.glob("[!.]*.safetensors")):
         for file in files:
             try:
                 tensors |= load_file(file)

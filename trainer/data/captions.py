@@ -1,6 +1,5 @@
 """Captions without pictures: lines of text, or one column of a table, read row by row whatever its size."""
 
-import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 from minigpt5_core.errors import BadInputError
 
 from .records import Broken, Record, Row, Scene
-from .rows import Trouble, json_of, lines_of, row_of, words_of
+from .rows import COLUMNS, Cells, Trouble, cells_of, json_of, lines_of, row_of, table_of, words_of
 
-COLUMNS = ("caption", "text", "prompt")  # the first of these that is there
 AT_ONCE = 1000  # rows of a .parquet
 
 
@@ -46,32 +44,24 @@ def _of_object(line: str, where: str) -> Record:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """As spreadsheets write it: a cell in quotation marks may hold commas and line breaks."""
     return _table(path)
 
 
 def _tsv(path: Path) -> Iterator[Row]:
-    """A tab ends a cell, and captions hold quotation marks as they are."""
-    return _table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+    """Captions hold quotation marks as they are."""
+    return _table(path, tabs=True)
 
 
-def _table(path: Path, **layout: Any) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.reader(file, **layout)
-        column = _column(path, next(reader, []))
-        while True:
-            try:
-                cells = next(reader, None)
-            except (
-                csv.Error
-            ) as error:  # a cell of more than 131,072 letters: a quotation mark is never closed
-                yield Broken(f"{path.name}:{reader.line_num}", f"it cannot be read: {error}")
-                continue
-            if cells is None:
-                return
-            if cells:
-                caption = cells[column] if column < len(cells) else ""
-                yield row_of(f"{path.name}:{reader.line_num}", _described, caption)
+def _table(path: Path, tabs: bool = False) -> Iterator[Row]:
+    rows = table_of(path, tabs)
+    column = _column(path, cells_of(next(rows, ("", []))[1]))
+    for where, cells in rows:
+        yield row_of(where, _of_cells, column, cells)
+
+
+def _of_cells(column: int, cells: Cells, where: str) -> Record:
+    cells = cells_of(cells)
+    return _described(cells[column] if column < len(cells) else "", where)
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -114,4 +104,5 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": _tsv,
     ".jsonl": _jsonl,
     ".parquet": _parquet,
+    ".ndjson": _jsonl,
 }

@@ -13,6 +13,7 @@ from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.story.prompts import NEXT, Turn
 from minigpt5_core.vision import picture_tensor
 
+from .fitting import fits, fitted
 from .formats import read
 from .records import BrokenPicture, Picture, Record, Scene
 from .source import WHOLE, Example, Features, Passage, PictureTarget, Shard, new_seed
@@ -27,9 +28,9 @@ class RecordSource:
     """Records of a data set, each by one of the tasks, drawn by weight; a `DataSource`.
 
     A record that its task has no use for is counted in `unused` and the next one is taken. One with a picture that
-    cannot be decoded is counted there too, and its batch is one smaller: only the process whose example it is
-    decodes it, and what the others are given must not change by that. With `previews_stories` previews show the first
-    scenes of two stories, else single captions.
+    cannot be decoded, or with a turn longer than the LLM reads, is counted there too, and its batch is one smaller:
+    only the process whose example it is decodes it, and what the others are given must not change by that. With
+    `previews_stories` previews show the first scenes of two stories, else single captions.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class RecordSource:
         self.llm, self.stream, self.tasks, self.shown_share = llm, stream, tasks, shown_share
         self.features, self.previews_stories = features, previews_stories
         self.records: Iterator[Record] = iter(stream)
-        self.unused = 0
+        self.unused = self.too_long = 0
+        self.told = False
 
     @property
     def name(self) -> str:
@@ -65,10 +67,32 @@ class RecordSource:
             if not shard.has(index):
                 continue
             try:
-                examples.append(self._decode(turns, scenes, own))
+                example = self._fitted(self._decode(turns, scenes, own), own)
             except BrokenPicture:
-                self.unused += 1
+                example = None
+            examples += [example] if example else []
+            self.unused += example is None
         return {"text": examples}
+
+    def _fitted(self, example: Example, own: random.Random) -> Example | None:
+        """The example, or what the LLM can read of it; says once that there are such."""
+        if fits(self.llm, example.turns):
+            self.too_long = 0
+            return example
+        if not self.told:
+            self.told = True
+            print(
+                f"{self.stream.path.name}: some examples are longer than the {self.llm.context} tokens that the LLM "
+                "reads. Of each, the first turn and the latest ones that fit are trained on, as when it tells."
+            )
+        shorter = fitted(self.llm, example, own)
+        self.too_long = 0 if shorter else self.too_long + 1
+        if self.too_long >= ENOUGH_TRIED:
+            raise BadInputError(
+                f"{self.stream.path}: {self.too_long} examples in a row are longer than the {self.llm.context} tokens "
+                "that the LLM reads, each by a single turn. Take shorter texts, or an LLM that reads more."
+            )
+        return shorter
 
     def _next_example(self, rng: random.Random) -> tuple[list[Turn], list[Scene], random.Random]:
         """The next record that its task has a use for, as turns whose pictures are not decoded yet."""
@@ -135,11 +159,14 @@ class RecordSource:
         """The data set's first captions, or the first scenes of its first stories."""
         rows = (row for row in read(self.stream.path, self.stream.layout) if isinstance(row, Record))
         if not self.previews_stories:
-            captions = (text for record in rows for text in _captions(record))
-            return [[Turn(text, "")] for text in islice(captions, PREVIEWED_CAPTIONS)]
+            alone = ([Turn(text, "")] for record in rows for text in _captions(record))
+            return list(islice(filter(self._reads, alone), PREVIEWED_CAPTIONS))
         stories = ([Turn(NEXT, s.text) for s in row.scenes if s.pictured and s.text] for row in rows)
-        found = islice((turns for turns in stories if turns), PREVIEWED_STORIES)
-        return [turns[:PREVIEWED_SCENES] for turns in found]
+        begun = (turns[:PREVIEWED_SCENES] for turns in stories if turns)
+        return list(islice(filter(self._reads, begun), PREVIEWED_STORIES))
+
+    def _reads(self, turns: list[Turn]) -> bool:
+        return fits(self.llm, turns)
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's place, and how many records were of no use so far."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from minigpt5_core.rasters import open_picture
+from minigpt5_core.rasters import UNREADABLE, as_seen, open_picture
 
 LARGEST = 10_000  # pixels a side: beyond it a file is taken for broken, or for an attack
 
@@ -20,7 +20,7 @@ class Picture:
     content: bytes | None = None
 
     def open(self) -> Image.Image:
-        """The whole picture, RGB; BrokenPicture says what is wrong with it."""
+        """The whole picture, RGB, as a viewer shows it; BrokenPicture says what is wrong with it."""
         try:
             with open_picture(
                 io.BytesIO(self.content) if self.content is not None else str(self.path)
@@ -29,10 +29,10 @@ class Picture:
                     raise BrokenPicture(
                         f"{self.name} is {image.width} x {image.height}, at most {LARGEST} a side"
                     )
-                return image.convert("RGB")
+                return as_seen(image)
         except FileNotFoundError as error:
             raise BrokenPicture(f"{self.name} is missing") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise BrokenPicture(f"{self.name} cannot be decoded: {error}") from error
 
 

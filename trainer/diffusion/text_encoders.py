@@ -5,7 +5,6 @@ or without a model_index.json; or from a checkpoint file (checkpoint_file.py).
 """
 
 import inspect
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from minigpt5_core.diffusion import DIFFUSION_PRECISIONS, find_diffusion
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.model_index import INDEX, check_index, check_parts
 from minigpt5_core.reading import reading
+from minigpt5_core.texts import read_json
 
 from .base import Unloaded
 from .checkpoint_file import read_checkpoint
@@ -78,7 +78,7 @@ def _read_folder(given: Path, dtype: torch.dtype) -> tuple[str, Parts]:
         check_parts(folder, index)
     else:
         check_index(folder)
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = read_json(folder / INDEX)
     named = {name: kind for name, kind in index.items() if PART.fullmatch(name) and (folder / name).is_dir()}
     parts = {
         name: _read_part(folder / name, kind[0], kind[1], dtype) for name, kind in named.items() if kind[0]
@@ -109,7 +109,7 @@ def _index_of(folder: Path) -> dict[str, Any]:
 def _encoder(folder: Path) -> str:
     """The class that a text encoder's config.json names."""
     try:
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        named = read_json(folder / "config.json")["architectures"][0]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise BadInputError(
             f"{folder / 'config.json'} does not say which text encoder it is of. Copy it again."
@@ -168,7 +168,7 @@ def _described(file: Path, family: DiffusionFamily) -> Unloaded:
     """What a transformer that is not loaded says of its width: its configuration, or else the family's."""
     width = family.space.width
     try:
-        width = int(json.loads(file.read_text(encoding="utf-8"))[family.diffusers.width])
+        width = int(read_json(file)[family.diffusers.width])
     except (OSError, ValueError, LookupError, TypeError):
         pass
     return Unloaded(SimpleNamespace(**{family.diffusers.width: width}))

@@ -16,7 +16,7 @@ from minigpt5_core.diffusion import prompt_arguments
 from minigpt5_core.generate import Prompt, Sampling, StoryCache, generate, seeded_generator
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.pipeline import StoryTeller
-from minigpt5_core.story.prompts import Turn, chat_prompt
+from minigpt5_core.story.prompts import Turn, fit_prompt
 from minigpt5_core.vokens import block_starts
 
 BLOCK_ONLY = Sampling(pictures="first", max_new_tokens=1)
@@ -67,8 +67,11 @@ def scene_by_scene(
 
 
 def voken_states(llm: FrozenLLM, turns: Sequence[Turn], cache: StoryCache | None = None) -> torch.Tensor:
-    """(1, V, L) of the last turn, whose text is given: the story is read up to there and its block is run."""
-    prompt = chat_prompt(llm, turns)
+    """(1, V, L) of the last turn, whose text is given: the story is read up to there and its block is run.
+
+    Of a story longer than the LLM reads, the first scene and the latest ones are read, as when it is told.
+    """
+    prompt = fit_prompt(llm, turns, 0).prompt
     start = block_starts(prompt.ids, llm.voken_ids)[-1]
     read = Prompt(prompt.ids[:start], prompt.images, prompt.image_id)
     return generate(llm, [read], BLOCK_ONLY, [0], cache)[0].voken_states

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from accelerate import PartialState
 
-from minigpt5_core.rasters import open_picture
+from minigpt5_core.rasters import as_seen, open_picture
 
 from ..common.progress import Progress
 from .drawing import DrawnScene, System
@@ -67,7 +67,7 @@ class Gallery:
         notes = self._notes(number)
         scenes = zip(notes["tokens"], notes["seconds"], notes["texts"], strict=True)
         return [
-            DrawnScene(open_picture(self.picture(number, index)).convert("RGB"), *scene)
+            DrawnScene(as_seen(open_picture(self.picture(number, index))), *scene)
             for index, scene in enumerate(scenes)
         ]
 

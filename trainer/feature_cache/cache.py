@@ -132,11 +132,17 @@ class FeatureKeys:
         """None for a model that does not draw; BrokenPicture when the picture's file cannot be read."""
         if self.vae is None:
             return None
-        return picture_key("latents", self.vae, f"middle square of {self.side} pixels, mode", picture)
+        return picture_key(
+            "latents", self.vae, f"as seen, middle square of {self.side} pixels, mode", picture
+        )
 
     def image_tokens(self, picture: Picture) -> str | None:
         """None for an LLM that does not see; BrokenPicture when the file cannot be read."""
-        return None if self.vision is None else picture_key("image tokens", self.vision, "whole", picture)
+        return (
+            None
+            if self.vision is None
+            else picture_key("image tokens", self.vision, "as seen, whole", picture)
+        )
 
     def target(self, caption: str) -> str:
         """By what the tokenizers make of the caption, which is all that the text encoders learn of it."""

@@ -19,6 +19,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter
 from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, VOKEN_IDS, VOKEN_ROWS
 from minigpt5_core.tensor_files import atomic_save
+from minigpt5_core.texts import read_json
 
 KINDS = ("LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING")
 # settings of PEFT's that import a module or read a file which the configuration names
@@ -109,8 +110,8 @@ def check_peft(folder: Path) -> None:
                 f"{folder} is no PEFT adapter (it has no {name}). Give the folder of a trained one."
             )
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = read_json(folder / ADAPTER_CONFIG)
+    except (OSError, ValueError) as error:
         raise BadInputError(f"{folder / ADAPTER_CONFIG} cannot be read ({error}). Copy it again.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in KINDS:

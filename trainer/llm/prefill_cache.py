@@ -19,6 +19,7 @@ from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.story.prompts import Turn, chat_text
 
 from ..data.source import Passage, PictureTarget
+from .sequences import check_context
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class PrefillCache:
         self, llm: FrozenLLM, passages: Sequence[Passage], batch: int = 8, dtype: torch.dtype = torch.float32
     ) -> None:
         ordered = sorted(passages, key=lambda passage: len(passage.ids))
+        check_context(llm, [*ordered[-1].ids, *llm.voken_ids] if ordered else [])
         self.contexts: list[PrefilledContext] = []
         with tqdm(total=len(ordered), desc="keys and values", mininterval=5) as bar:
             for first in range(0, len(ordered), batch):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM
 from minigpt5_core.llm.families.base import placed, stack_positions
 from minigpt5_core.losses import IGNORED, voken_loss
@@ -67,12 +68,16 @@ def batch_losses(
 
 
 def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
-    """Every reply counts: its text, [IMG0] and the end mark; later vokens and pictures are given, never asked for."""
+    """Every reply counts: its text, [IMG0] and the end mark; later vokens and pictures are given, never asked for.
+
+    BadInputError for a story longer than the LLM reads.
+    """
     prompt = chat_prompt(llm, turns)
     ids = prompt.spread
+    check_context(llm, ids)
     labels = [IGNORED] * len(ids)
     unasked = set(llm.voken_ids[1:])
-    end = llm.tokenizer.eos_token_id
+    end = llm.chat.end
     last = {end, llm.picture_opens}
     for index, turn in enumerate(turns):
         start = chat_prompt(llm, [*turns[:index], Turn(turn.request)]).length
@@ -81,6 +86,15 @@ def story_sequence(llm: FrozenLLM, turns: Sequence[Turn]) -> StorySequence:
             if ids[position] not in unasked:
                 labels[position] = ids[position]
     return StorySequence(ids, labels, block_starts(ids, llm.voken_ids), prompt.images)
+
+
+def check_context(llm: FrozenLLM, ids: Sequence[int]) -> None:
+    """BadInputError for more ids than the LLM reads: some fail there, and others go on with nonsense."""
+    if len(ids) > (context := llm.context):
+        raise BadInputError(
+            f"A story of {len(ids)} tokens is longer than the {context} that this LLM reads. Take shorter stories, or "
+            "an LLM that reads more."
+        )
 
 
 def story_losses(llm: FrozenLLM, sequences: Sequence[StorySequence]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Text metrics: BLEU, ROUGE-L, METEOR and Sentence-BERT, all from 0 to 1 (a cosine may be below)."""
 
 import io
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.texts import read_json
 
 from .encoders import batched, unit_length
 from .recipe import ScoresRecipe
@@ -124,7 +124,7 @@ class SentenceBert:
 
 
 def _setting(path: Path, name: str, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")).get(name, default) if path.is_file() else default
+    return read_json(path).get(name, default) if path.is_file() else default
 
 
 def sentence_folder(recipe: ScoresRecipe) -> Path:

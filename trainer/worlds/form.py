@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minigpt5_core.llm import FrozenLLM
-from minigpt5_core.story.prompts import NEXT, PLAIN_TEMPLATE
+from minigpt5_core.llm.chat import Exchange
+from minigpt5_core.story.prompts import NEXT
 
 SHORTEST, LONGEST = 12, 240  # characters of a text or caption
 WHO = (
@@ -151,18 +152,11 @@ def in_form(scenes: Sequence[tuple[str, str]]) -> list[str]:
 
 def request_text(llm: FrozenLLM, subject: Subject, scenes: int) -> str:
     """The request in the LLM's chat template, behind examples of the form, the reply still to be begun."""
-    said = []
+    said: list[Exchange] = []
     for about, shown in EXAMPLES:
         told = [shown[index] for index in range(min(scenes, len(shown)))]
-        said += [("user", _asked(about, len(told))), ("assistant", "\n".join(in_form(told)))]
-    said.append(("user", _asked(subject, scenes)))
-    content = llm.family.content if llm.tokenizer.chat_template else str
-    return llm.tokenizer.apply_chat_template(
-        [{"role": role, "content": content(text)} for role, text in said],
-        chat_template=None if llm.tokenizer.chat_template else PLAIN_TEMPLATE,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+        said.append((_asked(about, len(told)), "\n".join(in_form(told))))
+    return llm.chat.text("", [*said, (_asked(subject, scenes), None)])
 
 
 def _asked(subject: Subject, scenes: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from minigpt5_core.config import build
 from minigpt5_core.errors import BadInputError
+from minigpt5_core.texts import text_in
 
 SOUNDS_LIKE_A_CONSONANT = ("uni", "use", "usu", "eu", "one", "once", "ukulele")
 SOUNDS_LIKE_A_VOWEL = ("hour", "honest", "heir", "honour")
@@ -186,10 +187,10 @@ def read_world(path: Path) -> World:
     BadInputError says which table or key is wrong, what was expected, and how to mend it.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(text_in(path))
     except OSError as error:
         raise BadInputError(f"World {path} cannot be read: {error.strerror}. Name a .toml file.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadInputError(
             f"World {path} is not valid TOML: {error}. See trainer/worlds/knights.toml."
         ) from error

@@ -4,7 +4,6 @@ All text-only causal LMs of transformers are one family. Vision-language models 
 tokens, positions and chat template; each family of them is a small class.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ...errors import BadInputError
 from ...own_code import code_refusal, has_code
+from ...texts import read_json
 from ...versions import INSTALLED, check_transformers
 from .base import Family, VisionFamily
 from .pictures import read_processor
@@ -41,7 +41,7 @@ def find_family(folder: Path) -> type[Family]:
     BadInputError for any other kind, with a list of those that are known, or if it needs code of its own; and for a
     kind or a folder that needs a later version of transformers than the installed one.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     _check_version(folder, config)
     if has_code(config) and config.get("model_type") not in {*FAMILIES, *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}:
         raise code_refusal(folder)

@@ -30,14 +30,13 @@ Placed = tuple[int, Tensor]  # where a picture's first token stands, and the pic
 class Family:
     """A text-only causal LM. Pictures reach it, if at all, as plain vectors that an image encoder of ours makes.
 
-    `before` and `after` are written around a picture's tokens; `reply_end` is written after a reply, for a chat
-    template that leaves the eos token out.
+    `before` and `after` are written around a picture's tokens.
     """
 
     model_class: Any = AutoModelForCausalLM
     has_vision = False
     axes = 1
-    before = after = reply_end = ""
+    before = after = ""
 
     def content(self, text: str) -> Any:
         """A message's text as the chat template takes it."""
@@ -74,7 +73,6 @@ class VisionFamily(Family):
         self.processor = processor
         self.prepare(tokenizer)
         _check_tokens(tokenizer, self.before + self.after + (tokenizer.eos_token or ""))
-        self.reply_end = "" if not tokenizer.chat_template or self._ends(tokenizer) else tokenizer.eos_token
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Sets the tokenizer's eos token, for a family that ends a reply with another."""
@@ -91,16 +89,6 @@ class VisionFamily(Family):
         """All of the model but its decoder and head: its weights tell whether two models encode pictures alike."""
         parts = model.model.named_children()
         return nn.ModuleDict({name: part for name, part in parts if part is not model.get_decoder()})
-
-    def _ends(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the chat template itself writes the eos token after a reply."""
-        said = "A reply."
-        messages = [
-            {"role": "user", "content": self.content("A question.")},
-            {"role": "assistant", "content": self.content(said)},
-        ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        return tokenizer.eos_token in text.split(said)[-1]
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> None:

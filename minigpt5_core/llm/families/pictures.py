@@ -4,7 +4,6 @@ With torch alone: transformers' own image processors need torchvision, or are no
 torch's antialiased bicubic, within a rounding of Pillow's.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import BadInputError
+from ...texts import read_json
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 
@@ -20,7 +20,7 @@ PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 def read_processor(folder: Path) -> dict[str, Any]:
     """The image processor's configuration, from the newer of the two files that may hold it."""
     if (folder / PROCESSOR).is_file():
-        config = json.loads((folder / PROCESSOR).read_text(encoding="utf-8"))
+        config = read_json(folder / PROCESSOR)
         if "image_processor" in config:
             return config["image_processor"]
     if not (folder / PREPROCESSOR).is_file():
@@ -28,7 +28,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
             f"{folder} has no {PREPROCESSOR}, which says how pictures are scaled for its LLM. Copy it from where "
             "the model came from."
         )
-    return json.loads((folder / PREPROCESSOR).read_text(encoding="utf-8"))
+    return read_json(folder / PREPROCESSOR)
 
 
 def resized(picture: Tensor, height: int, width: int) -> Tensor:

@@ -41,6 +41,15 @@ def text_encoder_dtype(device: torch.device | None = None) -> torch.dtype:
     return torch.float16
 
 
+def should_use_bf16(
+    device: torch.device | None = None,
+    model_params: int = 0,
+    prioritize_performance: bool = True,
+    manual_cast: bool = False,
+) -> bool:
+    return False
+
+
 def get_torch_device() -> torch.device:
     return torch.device("cpu")
 

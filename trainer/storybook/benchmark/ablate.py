@@ -21,6 +21,7 @@ import torch
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.metrics import bootstrap
 from minigpt5_core.story.prompts import Turn
+from minigpt5_core.texts import text_in
 
 from ...common.recipe import build_recipe, in_place, merged
 from ...evaluation.table import cell
@@ -56,7 +57,7 @@ def read_variants(path: Path) -> dict[str, Variant]:
     All are built before anything is trained; BadInputError names the file and what in it is wrong.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(text_in(path))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInputError(f"Recipe {path} cannot be read: {error}.") from error
     changes = values.pop("variants", {})

@@ -221,7 +221,7 @@ def story_passage(llm: FrozenLLM, scenes: Sequence[TrueScene]) -> Passage:
     """A story's text with a picture behind each reply; no blocks in between, whose keys change as the rows learn."""
     turns = [Turn(scene.request, scene.text, picture=False) for scene in scenes]
     ids = llm.encode(chat_text(llm, turns))
-    end = llm.tokenizer.eos_token_id
+    end = llm.chat.end
     pictures = []
     for index, scene in enumerate(scenes):
         start = len(llm.encode(chat_text(llm, [*turns[:index], Turn(scene.request)])))
