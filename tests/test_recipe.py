@@ -4,6 +4,7 @@ import pytest
 
 from minigpt5_core.errors import BadInputError
 from trainer.common.recipe import change_recipe, load_recipe, make_recipe
+from trainer.stages.finetune import FinetuneRecipe
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def test_a_recipe_is_read_from_toml_and_changed_by_hand(tmp_path):
         ("inner.step=1", "unknown key 'step'. Valid keys: steps"),
         ("rate=fast", "rate is 'fast', expected float"),
         ("rate", "has no '='"),
+        ("rate=inf", "rate is inf; give a number that is finite"),
+        ("rate=nan", "rate is nan; give a number that is finite"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(change, message):
@@ -124,3 +127,24 @@ def test_a_recipe_is_made_and_changed_by_flat_names():
     assert (made.optim.steps, made.run.seed, made.data.captions) == (3, 5, 7)
     changed = change_recipe(made, steps=4, data="x")
     assert (changed.optim.steps, changed.run.seed, changed.data.path) == (4, 5, "x") and made.optim.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *((f"{name}=-1e-9", f"{name} is -1e-09; it must be 0 or more, and finite") for name in (
+            "mapper_lr", "voken_lr", "lora_lr", "weight_decay", "text_weight", "image_weight", "caption_weight",
+            "image_from", "min_snr_gamma",
+        )),
+        *((f"{name}=1.1", f"{name} is 1.1; it must be 0 or more, and at most 1") for name in (
+            "warmup", "dropout", "lora_dropout", "shown_share",
+        )),
+        ("warmup=-1", "warmup is -1"),
+        ("lora_rank=0", "lora_rank is 0; it must be 1 or more"),
+        ("caption_weight=inf", "caption_weight is inf"),
+        ("mapper_lr=nan", "mapper_lr is nan"),
+    ],
+)  # fmt: skip
+def test_a_number_that_no_training_can_use_is_refused(change, said):
+    with pytest.raises(BadInputError, match=said):
+        load_recipe(FinetuneRecipe, None, [change])

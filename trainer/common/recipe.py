@@ -5,6 +5,7 @@ they had before, {old: "key" or "table.key"}; with `FLAT` it takes the keys of i
 """
 
 import dataclasses
+import math
 import tomllib
 from datetime import date, time
 from pathlib import Path
@@ -193,4 +194,6 @@ def _coerce(value: Any, expected: Any, key: str, source: str) -> Any:
         )
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadInputError(f"{source}: {key} is {value}; give a number that is finite.")
     return value

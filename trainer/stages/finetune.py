@@ -20,7 +20,16 @@ from ..diffusion import load_frozen_diffusion
 from ..llm.adapters import adapt, decoder_targets, trainable, voken_tables, with_prefix
 from ..training.batchers import SequenceBatcher
 from ..training.checkpoint import Run, start_accelerator
-from ..training.config import DataConfig, ModelConfig, OptimConfig, StageRecipe, one_of
+from ..training.config import (
+    LARGEST,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    StageRecipe,
+    at_least_one,
+    one_of,
+    within,
+)
 from ..training.loop import Batch, TrainableModules, TrainLoop, train
 from ..training.pictures import as_pictures_allow
 from ..training.previews import preview_with
@@ -49,6 +58,12 @@ class FinetuneModel(ModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, adapter=("lora", "prefix"))
+        within(self, 0, 1, "lora_dropout")
+        if self.adapter == "lora":
+            at_least_one(self, "lora_rank", "lora_alpha")
+        else:
+            at_least_one(self, "prefix_tokens")
+            within(self, 0, LARGEST, "prefix_width")
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,10 @@ class FinetuneOptim(OptimConfig):
     """`lora_lr` is the LoRA's or the prefix's."""
 
     lora_lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(self, 0, LARGEST, "lora_lr")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Loss weights are the published ones (arXiv 2310.02239, section 3.3); learning rates are our own.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from minigpt5_core.errors import BadInputError
 
 from ..common.recipe import build_recipe
 from ..data.tasks import Task
+
+LARGEST = sys.float_info.max  # any number but an infinite one
 
 
 def one_of(table: Any, **known: tuple[str, ...]) -> None:
@@ -25,6 +28,15 @@ def at_least_one(table: Any, *names: str) -> None:
     for name in names:
         if getattr(table, name) < 1:
             raise BadInputError(f"{name} is {getattr(table, name)}; it must be 1 or more.")
+
+
+def within(table: Any, low: float, high: float, *names: str) -> None:
+    """BadInputError unless each named number lies between the two, or is one of them."""
+    for name in names:
+        value = getattr(table, name)
+        if not low <= value <= high:  # NaN does not either
+            most = "finite" if high == LARGEST else f"at most {high:g}"
+            raise BadInputError(f"{name} is {value:g}; it must be {low:g} or more, and {most}.")
 
 
 class Unasked(float):
@@ -89,6 +101,7 @@ class DataConfig:
     shown_share: float = 0.5
 
     def __post_init__(self) -> None:
+        within(self, 0, 1, "shown_share")
         if self.cache and not self.path:
             raise BadInputError(
                 "cache is set, but data is not: the storybook's world is drawn afresh each time."
@@ -126,6 +139,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         one_of(self, precision=("float32", "bf16"), optimizer=("adamw", "adamw8bit"))
         at_least_one(self, "steps", "batch", "accumulation")
+        within(self, 0, LARGEST, "mapper_lr", "voken_lr", "weight_decay")
+        within(self, 0, 1, "warmup")
         if not 0 <= self.ema_decay < 1:
             raise BadInputError(f"ema_decay is {self.ema_decay:g}; it must be 0 (off) or more, and below 1.")
 
@@ -151,6 +166,10 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         one_of(self, caption_target=("standardised", "raw"))
+        within(
+            self, 0, LARGEST, "text_weight", "image_weight", "caption_weight", "image_from", "min_snr_gamma"
+        )
+        within(self, 0, 1, "dropout")
 
 
 @dataclass(frozen=True)
