@@ -3,8 +3,10 @@
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
 from .conditioning.diffusion_families import SPACES, widths_in_diffusers
@@ -13,7 +15,10 @@ from .conditioning.spaces import Conditioning, Space, check_space
 from .errors import BadInputError
 from .model_index import check_index
 from .reading import reading
+from .tensor_files import check_finite
 from .texts import read_json
+from .versions import DTYPE
+from .whole_models import load_whole
 
 DIFFUSION_PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,14 +37,19 @@ def load_diffusion(folder: Path, device: str = "cpu", precision: str = "float32"
     folder = find_diffusion(folder)
     cure = "Pickled weights (.bin) are never read; save the pipeline as safetensors, in full precision."
     check_index(folder)
+    dtype = DIFFUSION_PRECISIONS[precision]
     with reading(f"The diffusion model in {folder} cannot be read", folder, cure):
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=DIFFUSION_PRECISIONS[precision],
+            torch_dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
             **_left_out(folder),
+            **_text_encoders(folder, dtype),
         ).to(device)  # where weights are missing, they are missed now
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                check_finite(part, f"{folder / name} is damaged")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -68,6 +78,22 @@ def _left_out(folder: Path) -> dict[str, None]:
     index = read_json(folder / "model_index.json")
     parts = [name for name in index if name.startswith(("text_encoder", "tokenizer"))]
     return {name: None for name in parts if not (folder / name).is_dir()}
+
+
+def _text_encoders(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Those that are there, each with all of its weights, which diffusers would not make sure of."""
+    index = read_json(folder / "model_index.json")
+    known = {
+        name: kind
+        for name, kind in index.items()
+        if name.startswith("text_encoder") and kind[0] == "transformers"
+    }
+    options = {DTYPE: dtype, "local_files_only": True, "use_safetensors": True}
+    return {
+        name: load_whole(getattr(transformers, kind[1]), folder / name, **options)
+        for name, kind in known.items()
+        if (folder / name).is_dir()
+    }
 
 
 def check_diffusion(diffusion: DiffusionPipeline, header: MapperHeader, file: Path) -> None:

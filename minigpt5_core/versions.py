@@ -21,3 +21,7 @@ def check_transformers(what: str, oldest: str) -> None:
             f"{what}, which needs transformers {oldest} or later, but {INSTALLED} is installed. Update it: "
             "pip install -U transformers"
         )
+
+
+# What from_pretrained calls the type of the weights.
+DTYPE = "dtype" if has_transformers("4.56") else "torch_dtype"

@@ -12,7 +12,7 @@ import torch
 
 from ..config import MapperConfig, build
 from ..errors import BadInputError
-from ..tensor_files import FORMAT_VERSION, atomic_save, check_shapes, read_tensors
+from ..tensor_files import FORMAT_VERSION, HASH, atomic_save, check_shapes, read_tensors
 from ..texts import parse_json
 from .mapper import Mapper, build_mapper
 from .spaces import Space
@@ -68,7 +68,7 @@ def _parse(metadata: dict[str, str], path: Path) -> tuple[MapperConfig, MapperHe
     known = f"Known keys: {', '.join(KEYS)}."
     if missing := set(KEYS) - set(metadata):
         raise BadInputError(f"{path} is not a mapper: its header lacks {', '.join(sorted(missing))}. {known}")
-    if unknown := set(metadata) - set(KEYS) - {"format"}:
+    if unknown := set(metadata) - set(KEYS) - {"format", HASH}:
         raise BadInputError(f"{path}: unknown header key {', '.join(sorted(unknown))}. {known}")
     if metadata["minigpt5.format_version"] != FORMAT_VERSION:
         found = metadata["minigpt5.format_version"]

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInputError
+from ..tensor_files import read_whole
 from ..texts import read_json
 from .prefix import Prefix, read_prefix
 from .unmerged_lora import UnmergedLora, is_quantized
@@ -32,11 +32,21 @@ NO_LORA = "dummy-target-modules"
 OTHER_LLM = "Give the LLM it was trained for, or an adapter that was trained for this one."
 PREFIX = "base_model.model."
 ROWS = "trainable_tokens_delta"
-# Options of PEFT's LoRA that our files never use, with the value that means "not used".
-UNUSED = {
-    "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none",
-    "rank_pattern": {}, "alpha_pattern": {},
+# What is read of PEFT's configuration, and what changes nothing once an adapter is trained. Anything else would change
+# the arithmetic: it must have one of the values that say so.
+READ = {
+    "peft_type", "r", "lora_alpha", "target_modules", "modules_to_save", "token_indices", "trainable_token_indices",
+    "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
 }  # fmt: skip
+OF_TRAINING = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "encoder_hidden_size", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "init_weights", "loftq_config",
+    "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "prefix_projection", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
+}  # fmt: skip
+UNUSED: tuple[Any, ...] = (None, False, {}, [], "", "none")
+
+LARGEST = 1e9  # of a rank or an alpha; NaN is not below it either
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def read_adapter(
         config["token_indices"] = json.loads(header.get(VOKEN_IDS, "[]"))
     width = causal_lm.get_input_embeddings().weight.shape[1]
     _check_voken_rows(config, voken_ids, width, folder)
-    weights = load_file(file)
+    weights, _ = read_whole(file)
     _check_tensors(config, weights, causal_lm, width, folder)
     plain = {name.removeprefix(PREFIX): weight for name, weight in weights.items()}
     rows = {_module_of_rows(name): weight for name, weight in plain.items() if name.endswith(ROWS)}
@@ -152,9 +162,15 @@ def _check_config(config: Any) -> None:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING"):
         raise ValueError(f"its peft_type is {kind!r}, expected LORA, TRAINABLE_TOKENS or PREFIX_TUNING.")
-    for name, unused in UNUSED.items():
-        if config.get(name, unused) not in (unused, None):
-            raise ValueError(f"it sets {name} to {config[name]!r}, which is not supported (only {unused!r}).")
+    for name in sorted(set(config) - READ - OF_TRAINING):
+        if config[name] not in UNUSED:
+            raise ValueError(
+                f"it sets {name} to {config[name]!r:.80}, which would change what it does and is not supported; plain "
+                "LoRA, voken rows and prefixes are."
+            )
+    for name in ("r", "lora_alpha") if kind == "LORA" else ():
+        if type(config.get(name)) not in (int, float) or not 0 < config[name] < LARGEST:
+            raise ValueError(f"its {name} is {config.get(name)!r:.80}, expected a number above 0.")
     if config.get("modules_to_save") and config["peft_type"] != "LORA":
         raise ValueError(
             f"it sets modules_to_save for {config['peft_type']}, which is supported for LORA only."

@@ -14,11 +14,12 @@ from transformers import (
 from ..errors import BadInputError
 from ..own_code import check_folder, forget_code
 from ..reading import reading
-from ..versions import has_transformers
+from ..versions import DTYPE
 from ..vision.encoder import ImageEncoder
 from ..vision.image_adapter import IMAGE_ADAPTER, QFORMER, load_image_adapter
 from ..vision.qformer import QFormerEncoder, load_qformer
 from ..vokens import PICTURE, voken_strings
+from ..whole_models import load_whole
 from .adapter import OTHER_LLM, merge_adapter, read_adapter, split_quantized_lora
 from .families import find_family, load_family
 from .families.base import Family
@@ -26,9 +27,6 @@ from .frozen import FrozenLLM
 from .gguf_files import OTHER_FILE, read_gguf
 from .unmerged_lora import keep_layout
 from .weights import gguf_in, hash_weights
-
-# What from_pretrained calls the type of the weights.
-DTYPE = "dtype" if has_transformers("4.56") else "torch_dtype"
 
 
 def load_llm(
@@ -63,7 +61,8 @@ def load_llm(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         small = {"quantization_config": quantization, "device_map": {"": device}} if quantization else {}
-        model = kind.model_class.from_pretrained(
+        model = load_whole(
+            kind.model_class,
             folder,
             config=forget_code(config),
             **{DTYPE: dtype},

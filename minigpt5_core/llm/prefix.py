@@ -6,11 +6,11 @@ PEFT's layout: `prompt_embeddings` (tokens, 2 * layers * width), a layer's keys 
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import BadInputError
+from ..tensor_files import read_whole
 
 PROMPT = "prompt_embeddings"
 
@@ -36,7 +36,7 @@ def read_prefix(file: Path, causal_lm: PreTrainedModel) -> Prefix:
     """The prefix in a file that PEFT wrote; BadInputError for one that was trained for another LLM."""
     heads, width = _key_shape(causal_lm)
     layers = causal_lm.config.get_text_config().num_hidden_layers
-    tensors = load_file(file)
+    tensors, _ = read_whole(file)
     found = tuple(tensors[PROMPT].shape) if PROMPT in tensors else None
     if found is None or len(found) != 2 or found[1] != 2 * layers * heads * width:
         raise BadInputError(

@@ -21,6 +21,7 @@ from minigpt5_core.errors import BadInputError
 from minigpt5_core.model_index import INDEX, check_index, check_parts
 from minigpt5_core.reading import reading
 from minigpt5_core.texts import read_json
+from minigpt5_core.whole_models import load_whole
 
 from .base import Unloaded
 from .checkpoint_file import read_checkpoint
@@ -132,11 +133,11 @@ def _read_part(folder: Path, library: str, kind: str, dtype: torch.dtype) -> Any
             f"{folder} is a {library} {kind}; mappers are trained for {', '.join(known)} of transformers."
         )
     cure = "Pickled weights (.bin) are never read; save the model as safetensors."
-    options: Parts = {"local_files_only": True}
-    if is_encoder:
-        options |= {"dtype": dtype, "use_safetensors": True}
+    part = getattr(transformers, kind)
     with reading(f"{folder} cannot be read", folder, cure):
-        return getattr(transformers, kind).from_pretrained(folder, **options)
+        if not is_encoder:
+            return part.from_pretrained(folder, local_files_only=True)
+        return load_whole(part, folder, dtype=dtype, local_files_only=True, use_safetensors=True)
 
 
 def _family(given: Path, name: str) -> DiffusionFamily:

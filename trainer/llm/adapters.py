@@ -18,7 +18,7 @@ from torch import nn
 from minigpt5_core.errors import BadInputError
 from minigpt5_core.llm import FrozenLLM, load_adapter
 from minigpt5_core.llm.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, VOKEN_IDS, VOKEN_ROWS
-from minigpt5_core.tensor_files import atomic_save
+from minigpt5_core.tensor_files import atomic_save, sign
 from minigpt5_core.texts import read_json
 
 KINDS = ("LORA", "TRAINABLE_TOKENS", "PREFIX_TUNING")
@@ -132,6 +132,7 @@ def save_adapter(adapted: PeftModel, llm_folder: Path, folder: Path) -> None:
     adapted.peft_config["default"].base_model_name_or_path = llm_folder.name
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    sign(folder / ADAPTER_WEIGHTS)
     if adapted.peft_config["default"].peft_type == PeftType.PREFIX_TUNING:
         save_voken_rows(adapted, folder)
 

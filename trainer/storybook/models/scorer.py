@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from minigpt5_core.errors import BadInputError
-from minigpt5_core.tensor_files import atomic_save
+from minigpt5_core.tensor_files import atomic_save, read_whole
 
 from ...common.images import to_tensor
 from ...training.optimise import optimise
@@ -139,5 +138,5 @@ def load_scorer(path: Path) -> Scorer:
             f"There is no scorer at {path}. Train one: python -m trainer storybook-scorer --out {path}"
         )
     scorer = Scorer()
-    scorer.load_state_dict(load_file(path), strict=True)
+    scorer.load_state_dict(read_whole(path)[0], strict=True)
     return scorer.eval()
