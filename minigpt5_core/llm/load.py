@@ -14,6 +14,7 @@ from transformers import (
 from ..errors import BadInputError
 from ..own_code import check_folder, forget_code
 from ..reading import reading
+from ..tensor_files import check_finite
 from ..versions import DTYPE
 from ..vision.encoder import ImageEncoder
 from ..vision.image_adapter import IMAGE_ADAPTER, QFORMER, load_image_adapter
@@ -95,6 +96,7 @@ def _load_gguf(
         )
     with reading(f"The LLM in {file} cannot be read", file, OTHER_FILE):
         tokenizer, model = read_gguf(file, dtype)
+        check_finite(model, f"{file} is damaged")
         return _tried(add_vokens(tokenizer, model.to(device), vokens))
 
 
