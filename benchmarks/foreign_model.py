@@ -1,11 +1,17 @@
 """A second small diffusion model for the proof that a mapper can be fitted to one it was not made with.
 
-    python -m benchmarks.foreign_model OUT [--steps 2400] [--seed 5] [--bf16]
+    python -m benchmarks.foreign_model train MODEL [--steps 2400] [--scenes 6000] [--seed 5] [--bf16]
+    python -m benchmarks.foreign_model fit MODEL MAPPER.safetensors [--steps 3000] [--scenes 2000] [--seed 0]
+    python -m trainer evaluate --recipe trainer/recipes/storybook_evaluate.toml --stories 40 --out runs/foreign \
+      --set diffusion=MODEL --set mapper=MAPPER.safetensors --set 'systems=["vokens", "oracle"]' --set feed_back=false
 
 It draws the storybook's world, but its text side has nothing in common with the storybook's: two text encoders side by
 side, as in SDXL, of other widths, depths and another seed, with a tokenizer and a vocabulary of their own, and a pooled
 vector. They are trained here from nothing. The UNet begins with the storybook's weights wherever a tensor's shape is
 the same, all but the layers that read the text: drawing need not be learned twice for a proof about reading.
+
+`fit` does what Train Voken Mapper does in ComfyUI: the storybook's LLM and adapter read its captioned stories, the
+model's text encoders answer to the captions, and a new mapper learns the one from the other. It sees no picture.
 """
 
 import argparse
@@ -21,8 +27,17 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionM
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from minigpt5_core.conditioning import Space
+from minigpt5_core.conditioning.fit import FitSettings, Targets, fit_mapper
+from minigpt5_core.conditioning.mapper_file import MapperHeader, save_mapper
 from minigpt5_core.diffusion import load_diffusion
+from minigpt5_core.llm import load_adapter, load_llm
+from minigpt5_core.llm.files import default_llm
+from minigpt5_core.llm.weights import hash_weights
+from minigpt5_core.story.captioned import CAPTIONED, open_captioned, read_captioned
+from minigpt5_core.story.states import read_voken_states
 from trainer.common.images import grid
+from trainer.diffusion import load_text_encoders
 from trainer.storybook.models.diffusion import noise_loss
 from trainer.storybook.models.diffusion_data import encode_scenes
 from trainer.storybook.models.diffusion_model import DiffusionRecipe
@@ -171,16 +186,64 @@ def save(pipeline: StableDiffusionXLPipeline, out: Path) -> None:
     grid(pictures, 4).save(out.parent / f"{out.name}_preview.png")
 
 
+@torch.no_grad()
+def fit(model: Path, out: Path, steps: int, scenes: int, seed: int) -> None:
+    """Fits a mapper to the text encoders of `model`, from captions alone."""
+    llm = load_adapter(load_llm(default_llm()), STORYBOOK.parent / "loras" / "storybook")
+    captions: list[str] = []
+    told = []
+    for story in read_captioned(open_captioned(STORYBOOK.parent / CAPTIONED)):
+        if len(captions) >= scenes:
+            break
+        told.append(story)
+        captions += [scene.caption for scene in story if scene.caption]
+    found = dict(read_voken_states(llm, told))
+    states = torch.cat([found[index] for index in range(len(told))])
+    encoders = load_text_encoders(model)
+    different = list(dict.fromkeys(captions))
+    targets = Targets(encoders.encode([""]))
+    for first in range(0, len(different), 64):
+        targets.add(encoders.encode(different[first : first + 64]))
+    place = {caption: row for row, caption in enumerate(different)}
+    rows = [place[caption] for caption in captions]
+    with torch.enable_grad():
+        fitted = fit_mapper(states, targets, FitSettings(steps=steps, seed=seed), rows=rows, on_step=say)
+    (tokens, width), pooled = targets.token_shape, targets.pooled_width
+    trained = {"stage": "mapper", "steps": steps, "seed": seed, "data": "storybook", "scenes": len(states)}
+    folder = default_llm()
+    header = MapperHeader(
+        Space("foreign", tokens, width, pooled), folder.name, llm.width, hash_weights(folder), trained
+    )
+    save_mapper(out, fitted.mapper, header)
+
+
+def say(step: int, loss: float) -> bool:
+    """Every hundredth loss."""
+    if step % 100 == 0:
+        print(f"step {step}, loss {loss:.3f}", flush=True)
+    return False
+
+
 def main() -> None:
+    """Trains the model, or fits a mapper to it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--scenes", type=int, default=6000)
-    parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--bf16", action="store_true", help="autocast, for CPUs with AMX or a fast bf16")
-    train(**vars(parser.parse_args()))
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train")
+    training.add_argument("out", type=Path)
+    training.add_argument("--steps", type=int, default=2400)
+    training.add_argument("--scenes", type=int, default=6000)
+    training.add_argument("--seed", type=int, default=5)
+    training.add_argument("--bf16", action="store_true", help="autocast, for CPUs with AMX or a fast bf16")
+    fitting = commands.add_parser("fit")
+    fitting.add_argument("model", type=Path)
+    fitting.add_argument("out", type=Path)
+    fitting.add_argument("--steps", type=int, default=3000)
+    fitting.add_argument("--scenes", type=int, default=2000)
+    fitting.add_argument("--seed", type=int, default=0)
+    given = vars(parser.parse_args())
+    {"train": train, "fit": fit}[given.pop("command")](**given)
 
 
 if __name__ == "__main__":
