@@ -86,7 +86,8 @@ class AddPicture(io.ComfyNode):
                 "The story has no page yet. Add pictures after a Story Turn, or give them to Story."
             )
         more = f"{len(image)} pictures were drawn; the page has the first." if len(image) > 1 else ""
-        illustrated = story.with_picture(_rgb(image)[0], more)
+        first = image[:1].clone() if more else image  # by itself, or the story would hold the whole batch
+        illustrated = story.with_picture(_rgb(first)[0], more)
         return io.NodeOutput(illustrated, ui=told_so_far(illustrated))
 
 

@@ -167,6 +167,16 @@ class Server:
             time.sleep(0.1)
         raise RuntimeError("the prompt is not in the history")
 
+    def free(self, megabytes: int = 300) -> tuple[float, float]:
+        """Has ComfyUI free its memory and waits until its worker has; resident megabytes before and after."""
+        before = after = self.resident_megabytes()
+        self.post("/free", {"unload_models": True, "free_memory": True})
+        deadline = time.monotonic() + 30
+        while after > before - megabytes and time.monotonic() < deadline:
+            time.sleep(0.5)
+            after = self.resident_megabytes()
+        return before, after
+
     def resident_megabytes(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         line = next(line for line in status.splitlines() if line.startswith("VmRSS"))

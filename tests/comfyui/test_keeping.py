@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,9 @@ def cached(request, server, start_server):
         return server
     if request.param[0] not in (comfyui() / "comfy" / "cli_args.py").read_text(encoding="utf-8"):
         pytest.skip(f"this ComfyUI has no {request.param[0]}")
+    caching = (comfyui() / "comfy_execution" / "caching.py").read_text(encoding="utf-8")
+    if request.param == ("--cache-none",) and "class DependencyAwareCache" in caching:
+        pytest.skip("this ComfyUI runs no node that expands with --cache-none (KeyError at its first child)")
     return start_server(*request.param)
 
 
@@ -47,8 +49,7 @@ def test_scenes_are_kept_and_the_same_comes_out(cached, graph):
     assert pages[0] == pages[1] == pages[2][:2] and pages[4] == pages[2] and pages[5] == pages[2][:1]
     assert pages[3][1] != pages[2][1]
 
-    cached.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(2)  # ComfyUI's worker frees when it next looks
+    cached.free()
     assert run(scenes=3) == [1, 2, 3]
     assert pages[-1] == pages[2]
 
