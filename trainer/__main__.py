@@ -1,5 +1,14 @@
 """`python -m trainer`, from the repository's folder."""
 
-from .cli import main
+from collections.abc import Callable
 
-raise SystemExit(main())
+from minigpt5_core.terminal import run
+
+
+def _main() -> Callable[[], int]:
+    from .cli import main
+
+    return main
+
+
+raise SystemExit(run(_main))
