@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 # JPEG stands for phones' MPO too, and BMP for what the clipboard holds of it.
@@ -56,7 +55,7 @@ def as_seen(picture: Image.Image) -> Image.Image:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """A mode that Pillow converts to RGB rightly: it would clip deep greys, and refuse Lab colours and some alphas."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        return _grey(np.asarray(picture))
+        return _grey(picture)
     if picture.mode == "LAB":
         lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         changed = ImageCms.profileToProfile(picture, lab, rgb, outputMode="RGB")
@@ -65,8 +64,11 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return picture.convert("LA") if picture.mode == "La" else picture
 
 
-def _grey(values: np.ndarray) -> Image.Image:
-    """Grey values (H, W) of 0 to 65535, or as fractions of 0 to 1, in 8 bits."""
+def _grey(picture: Image.Image) -> Image.Image:
+    """Grey values of 0 to 65535, or as fractions of 0 to 1, in 8 bits."""
+    import numpy as np  # here: a command's help does without
+
+    values = np.asarray(picture)
     white = 1.0 if values.dtype.kind == "f" else 65535.0
     if not (values.min() >= 0 and values.max() <= white):  # NaN is neither
         raise ValueError(
