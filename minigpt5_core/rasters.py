@@ -66,7 +66,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 def _grey(picture: Image.Image) -> Image.Image:
     """Grey values of 0 to 65535, or as fractions of 0 to 1, in 8 bits."""
-    import numpy as np  # takes as long as the rest of a command's start; few pictures are so deep
+    import numpy as np  # here: a command's help does without
 
     values = np.asarray(picture)
     white = 1.0 if values.dtype.kind == "f" else 65535.0

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-from minigpt5_core.console import run
+from minigpt5_core.terminal import run
 
 
-def _load() -> Callable[[], int]:
+def _main() -> Callable[[], int]:
     from .cli import main
 
     return main
 
 
-if __name__ == "__main__":
-    raise SystemExit(run(_load))
+raise SystemExit(run(_main))

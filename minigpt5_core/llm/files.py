@@ -49,13 +49,13 @@ def default_llm() -> Path:
 def default_folder() -> Path:
     """Where `default_llm` puts the LLM, whether it is there yet or not: minigpt5 in XDG_CACHE_HOME or ~/.cache."""
     try:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:  # a user whom the system knows by number alone, as in many containers
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a name, and HOME is not set
         raise BadInputError(
-            "There is no home folder to keep the language model in. Set HOME or XDG_CACHE_HOME to a folder that can be "
-            "written."
+            "There is no home folder to keep the language model in. Set HOME, or XDG_CACHE_HOME to a folder that can "
+            "be written to, or give another language model with --llm."
         ) from error
-    return Path(cache) / "minigpt5" / NAME
+    return cache / "minigpt5" / NAME
 
 
 def is_llm(folder: Path) -> bool:

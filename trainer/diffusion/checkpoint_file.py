@@ -7,6 +7,7 @@ names it, OpenCLIP's as OpenCLIP does: its queries, keys and values are one matr
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,8 @@ def _places(file: Path) -> Iterator[Path]:
     yield file.parent / "tokenizer"
     for parent in (*file.resolve().parents, *Path(__file__).resolve().parents):
         yield parent / "comfy" / "sd1_tokenizer"
-    yield Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser() / "comfy" / "sd1_tokenizer"
+    with suppress(RuntimeError):  # a user without a home
+        yield Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser() / "comfy" / "sd1_tokenizer"
     found = try_to_load_from_cache(CLIP, "merges.txt")
     if isinstance(found, str):
         yield Path(found).parent
