@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from minigpt5_core.errors import BadInputError
 from trainer.common.recipe import change_recipe, load_recipe, make_recipe
@@ -148,3 +149,20 @@ def test_a_recipe_is_made_and_changed_by_flat_names():
 def test_a_number_that_no_training_can_use_is_refused(change, said):
     with pytest.raises(BadInputError, match=said):
         load_recipe(FinetuneRecipe, None, [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "fused"),
+    [
+        ([], "cpu", True),
+        (["precision=bf16"], "cpu", False),
+        (["llm_precision=bf16"], "cpu", False),
+        (["precision=bf16"], "cuda", True),
+    ],
+)
+def test_attention_is_plain_where_the_fused_one_is_slow(changes, device, fused):
+    from trainer.training.loop import attention_for
+
+    with attention_for(load_recipe(FinetuneRecipe, None, changes), torch.device(device)):
+        assert torch.backends.cuda.flash_sdp_enabled() is fused
+    assert torch.backends.cuda.flash_sdp_enabled()
