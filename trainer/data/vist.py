@@ -16,7 +16,8 @@ from .rows import Trouble, picture_of, row_of, words_of
 
 MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors write
 WANTED = "Give SPLIT_cleaned.json, with SPLIT_image_mapping.json and the pictures beside it, all as UTF-8."
-LONG = re.compile(rb"\d{4000}")  # ijson's parser dies of a number of 4,301 digits, and takes Python with it
+# ijson's parser dies of a number of 4,301 digits, and takes Python with it; deep nesting takes it hours.
+HARMFUL = re.compile(rb'\d{4000}|(?:[\[{]\s*(?:"[^"]{0,40}"\s*:\s*)?){100}')
 DAMAGE = (ijson.JSONError, UnicodeError)
 
 
@@ -46,10 +47,10 @@ def _one_object(path: Path) -> BinaryIO:
         if file.read(1000).lstrip()[:1] != b"{":
             raise BadInputError(f"{path} does not begin as one JSON object. {WANTED}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if found := LONG.search(content):
+            if found := HARMFUL.search(content):
                 raise BadInputError(
-                    f"{path} holds a number of over 4,000 digits, {found.start():,} bytes from its beginning; no story "
-                    f"needs one. {WANTED}"
+                    f"{path} holds a number of over 4,000 digits, or lists in each other a hundred deep, "
+                    f"{found.start():,} bytes from its beginning; no story needs them. {WANTED}"
                 )
     except BaseException:
         file.close()
