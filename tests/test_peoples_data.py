@@ -225,6 +225,14 @@ def test_a_story_whose_order_is_not_said_is_a_row(tmp_path):
     assert [len(row.scenes) for row in whole] == [1, 2]
 
 
+@pytest.mark.parametrize("opens", ["[", '{"a": ', "[ {\n"])
+def test_nesting_without_end_is_refused_before_the_parser_goes_down_it(tmp_path, opens):
+    (tmp_path / "a_image_mapping.json").write_text("{}")
+    (tmp_path / "a_cleaned.json").write_text('{"x": ' + opens * 100_000)
+    with pytest.raises(BadInputError, match="lists in each other a hundred deep"):
+        list(read(tmp_path / "a_cleaned.json", "vist"))
+
+
 def test_a_number_of_thousands_of_digits_is_refused_before_the_parser_dies_of_it(tmp_path):
     """In a process of its own: ijson's C backend takes Python with it."""
     (tmp_path / "a_cleaned.json").write_text('{"x": []}')
@@ -241,7 +249,7 @@ def test_a_number_of_thousands_of_digits_is_refused_before_the_parser_dies_of_it
         ]
         ran = subprocess.run(command, capture_output=True, text=True)
         assert (
-            ran.returncode == 2 and "a_image_mapping.json holds a number of over 4,000 digits" in ran.stderr
+            ran.returncode == 2 and "a_image_mapping.json holds a number of thousands of digits" in ran.stderr
         )
 
 

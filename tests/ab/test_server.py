@@ -108,6 +108,7 @@ def test_the_server_listens_on_this_machine_alone(folder):
         (415, {}, {"Content_Type": "text/plain"}),
         (413, {"rater": "x" * 5000}, {}),
         (413, {}, {"Content_Length": "-1"}),
+        (413, {}, {"Content_Length": "7" * 5000}),
         (409, {"study": "another"}, {}),
         (400, {"pair": "9999"}, {}),
         (400, {"question": "taste"}, {}),

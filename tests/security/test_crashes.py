@@ -20,6 +20,7 @@ from minigpt5_core.reading import reading
 from minigpt5_core.sizes import check_counts
 from minigpt5_core.vision import ImageEncoder, ImageEncoderConfig
 from minigpt5_core.vision.image_adapter import ImageAdapterHeader, load_image_adapter, save_image_adapter
+from trainer.ab.answers import Answer, Answers, read_answers
 from trainer.ab.study import load_study
 from trainer.diffusion.text_encoders import text_pipeline
 
@@ -199,3 +200,45 @@ def test_a_study_that_was_edited(tmp_path, text):
     (tmp_path / "study.json").write_text(text)
     with pytest.raises(BadInputError, match="study.json"):
         load_study(tmp_path)
+
+
+def test_a_study_that_was_edited_into_any_shape(tmp_path):
+    item = [{"text": "a"}]
+    pair = {"name": "0001", "story": "s", "shown_left": "a", "left": item, "right": item}
+    study = {"format_version": 1, "systems": {"a": "x", "b": "y"}, "seed": 0, "pairs": [pair]}
+    fine = [("seed", odd) for odd in (-1, 0, 10**6, 10**30)] + [
+        ("pairs", []),
+        ("pairs", {}),
+        ("format_version", True),
+    ]
+    cases = [(study | {key: odd}, (key, odd) in fine) for key in study for odd in ODD]
+    sides = [(key, []) for key in ("left", "right")] + [(key, {}) for key in ("left", "right")]
+    fine = [("name", "x"), ("story", "x"), *sides]
+    cases += [(study | {"pairs": [pair | {key: odd}]}, (key, odd) in fine) for key in pair for odd in ODD]
+    for values, is_fine in cases:
+        (tmp_path / "study.json").write_text(json.dumps(values))
+        if is_fine:
+            assert load_study(tmp_path)
+        else:
+            with pytest.raises(BadInputError, match="study.json"):
+                load_study(tmp_path)
+
+
+def test_a_damaged_database_of_answers(tmp_path):
+    answers = Answers(tmp_path)
+    for number in range(400):
+        answers.save(Answer(f"rater {number}", "0001", "image", "left"))
+    answers.close()
+    whole = (tmp_path / "answers.sqlite").read_bytes()
+    damaged = [
+        b"SQLite format 3\0" + bytes(100),
+        b"x" * 5000,
+        whole[: len(whole) // 2],
+        whole[:4096] + bytes(9000),
+    ]
+    for content in damaged:
+        for file in tmp_path.iterdir():
+            file.unlink()
+        (tmp_path / "answers.sqlite").write_bytes(content)
+        with pytest.raises(BadInputError, match="answers.sqlite cannot be used"):
+            read_answers(tmp_path)

@@ -49,6 +49,7 @@ class Answers:
             )
             for command in ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", _TABLE):
                 self._connection.execute(command)
+            self.all()  # a file may be damaged anywhere
         except sqlite3.Error as error:
             raise BadInputError(
                 f"{path} cannot be used: {error}. Expected a database of answers in a folder that can be written."

@@ -86,7 +86,7 @@ def load_study(folder: Path) -> Study:
             raise BadInputError(
                 f"{path} has format_version {version!r}; this program reads {FORMAT_VERSION}."
             )
-        return Study(values["systems"], values["seed"], [Pair(**pair) for pair in values["pairs"]])
+        return _checked(Study(values["systems"], values["seed"], [Pair(**pair) for pair in values["pairs"]]))
     except OSError as error:
         raise BadInputError(
             f"{path} cannot be read: {error.strerror}. Make a study with python -m trainer ab build."
@@ -97,3 +97,21 @@ def load_study(folder: Path) -> Study:
         raise BadInputError(
             f"{path} is not what ab build wrote ({error!r:.100}). Take it from a backup or build the study anew."
         ) from error
+
+
+def _checked(study: Study) -> Study:
+    """The study; TypeError for one that somebody has edited into another shape."""
+    texts = [*study.systems.values(), *(text for pair in study.pairs for text in _texts_of(pair))]
+    sides = {pair.shown_left for pair in study.pairs}
+    if study.systems.keys() != {"a", "b"} or type(study.seed) is not int or not sides <= {"a", "b"}:
+        raise TypeError("expected two systems, a and b, and a seed")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("expected texts")
+    return study
+
+
+def _texts_of(pair: Pair) -> list[Any]:
+    items = [item for side in SIDES for item in getattr(pair, side)]
+    if not all(isinstance(item, dict) and item.keys() <= {"text", "picture"} for item in items):
+        raise TypeError("expected items of a text or a picture")
+    return [pair.name, pair.story, *(value for item in items for value in item.values())]

@@ -16,7 +16,9 @@ from .rows import Trouble, picture_of, row_of, words_of
 
 MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors write
 WANTED = "Give SPLIT_cleaned.json, with SPLIT_image_mapping.json and the pictures beside it, all as UTF-8."
-LONG = re.compile(rb"\d{4000}")  # ijson's parser dies of a number of 4,301 digits, and takes Python with it
+# Lists in each other, with keys or without: deep nesting takes ijson's parser hours. Begun by a set it is found fast.
+NESTED = re.compile(rb'[\[{](?:\s*(?:"[^"]{0,40}"\s*:\s*)?[\[{]){99}')
+DIGITS = 2000  # so many at once; the parser dies of a number of 4,301 digits, and takes Python with it
 DAMAGE = (ijson.JSONError, UnicodeError)
 
 
@@ -46,16 +48,22 @@ def _one_object(path: Path) -> BinaryIO:
         if file.read(1000).lstrip()[:1] != b"{":
             raise BadInputError(f"{path} does not begin as one JSON object. {WANTED}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if found := LONG.search(content):
-                raise BadInputError(
-                    f"{path} holds a number of over 4,000 digits, {found.start():,} bytes from its beginning; no story "
-                    f"needs one. {WANTED}"
-                )
+            _check_harmless(path, content)
     except BaseException:
         file.close()
         raise
     file.seek(start)
     return file
+
+
+def _check_harmless(path: Path, content: mmap.mmap) -> None:
+    trouble, nested = "", NESTED.search(content)
+    if any(content[at : at + DIGITS].isdigit() for at in range(0, len(content) - DIGITS, DIGITS)):
+        trouble = "a number of thousands of digits"
+    elif nested:
+        trouble = f"lists in each other a hundred deep, {nested.start():,} bytes from its beginning"
+    if trouble:
+        raise BadInputError(f"{path} holds {trouble}; no story needs that. {WANTED}")
 
 
 def _files(mapping: Path) -> Callable[[str], str | None]:
