@@ -32,7 +32,7 @@ def inside(tmp_path, request):
             str(source),
         ]  # fmt: skip
         done = subprocess.run(
-            command, cwd=conftest.comfyui(), capture_output=True, text=True, env=os.environ, timeout=300
+            command, cwd=conftest.comfyui(), capture_output=True, text=True, env=os.environ, timeout=900
         )
         if "bitsandbytes, which is not installed" in done.stderr:
             pytest.skip("no bitsandbytes in ComfyUI's Python")
