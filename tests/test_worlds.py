@@ -21,6 +21,7 @@ from trainer.evaluation.nearest import Distances, NearestRecipe, measure_world, 
 from trainer.storybook.world import state as storybook
 from trainer.storybook.world.stories import stories as storybook_stories
 from trainer.worlds.checks import find_troubles, load_world
+from trainer.worlds.export import write_lines
 from trainer.worlds.tell import WorldScene, random_state, stories
 from trainer.worlds.world import State, World, make_world, with_articles
 
@@ -374,3 +375,19 @@ def test_states_one_fact_apart_differ_in_that_fact_alone(knights):
     for fact, some in apart.items():
         assert all(getattr(one, fact) != getattr(state, fact) for one in some)
         assert all(one.but(**{fact: getattr(state, fact)}) == state for one in some)
+
+
+def test_a_new_folder_is_made_and_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    write_lines(tmp_path / "new" / "stories.jsonl", ["a", "b"])
+    assert (tmp_path / "new" / "stories.jsonl").read_text() == "a\nb\n"
+
+    def full():
+        yield "c"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(BadInputError, match="stories.jsonl cannot be written: No space left"):
+        write_lines(tmp_path / "new" / "stories.jsonl", full())
+    assert (tmp_path / "new" / "stories.jsonl").read_text() == "a\nb\n"
+    assert len(list((tmp_path / "new").iterdir())) == 1
+    with pytest.raises(BadInputError, match="cannot be written"):
+        write_lines(tmp_path / "new" / "stories.jsonl" / "below", ["d"])

@@ -190,3 +190,10 @@ def test_settings_that_cannot_be_are_said(name, value):
 def test_the_command_names_what_is_no_llm(tmp_path, capsys):
     assert main(["write", "--llm", str(tmp_path), "--out", str(tmp_path / "a.jsonl")]) == 2
     assert "is no Hugging Face model folder" in capsys.readouterr().err
+
+
+def test_a_new_folder_is_made_and_what_is_no_folder_is_said(llm, scripted, tmp_path):
+    out = tmp_path / "new" / "stories.jsonl"
+    assert write_with_llm(llm, WriteSettings(stories=1, scenes=2), out).stories == 1
+    with pytest.raises(BadInputError, match="cannot be (read|written)"):
+        write_with_llm(llm, WriteSettings(stories=1), out / "below.jsonl")

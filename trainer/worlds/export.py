@@ -6,6 +6,7 @@ python -m trainer world FILE.toml --stories 1500 --out stories.jsonl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -48,13 +49,15 @@ def write_lines(out: Path, lines: Iterable[str]) -> None:
     """Writes lines beside `out` and moves the whole file into place; BadInputError where nothing can be written."""
     draft = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with draft.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         draft.replace(out)
     except OSError as error:
         raise BadInputError(f"{out} cannot be written: {error.strerror}. Name another file.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # moved, or never there
+            draft.unlink()
 
 
 def summary(world: World, seed: int = 0, split: str = "train") -> Iterator[str]:

@@ -146,7 +146,12 @@ def write_with_llm(llm: FrozenLLM, settings: WriteSettings, out: Path) -> Writte
     any story holds the form.
     """
     written = read_written(out)
-    with interrupts() as caught, out.open("a", encoding="utf-8") as file:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        opened = out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise BadInputError(f"{out} cannot be written: {error.strerror}. Name another file.") from error
+    with interrupts() as caught, opened as file:
         writer = Writer(llm, settings, written, lambda row: bool(caught))
         while written.stories < settings.stories:
             try:
