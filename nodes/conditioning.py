@@ -42,12 +42,14 @@ class LoadMapper(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, mapper_name: str) -> bool | str:
+    def validate_inputs(cls, mapper_name: str | None = None) -> bool | str:
         return folders.problem(folders.find_mapper, mapper_name)
 
     @classmethod
-    def fingerprint_inputs(cls, mapper_name: str) -> str:
-        return folders.fingerprint(folders.find_mapper(mapper_name))
+    def fingerprint_inputs(cls, mapper_name: str | None = None) -> str:
+        return folders.fingerprint_chosen(
+            mapper_name, folders.mapper_names, lambda name: folders.fingerprint(folders.find_mapper(name))
+        )
 
     @classmethod
     def execute(cls, mapper_name: str) -> io.NodeOutput:

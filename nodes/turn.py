@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from . import folders
+from .choices import check_choice
 from .compat import schema
 from .preview import show_notes, told_so_far
 from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
@@ -158,6 +159,12 @@ class StoryTurn(io.ComfyNode):
         from ..minigpt5_core.generate import Sampling, generate
         from ..minigpt5_core.story.prompts import fit_prompt
 
+        for widget, value, options in (
+            ("pictures", pictures, PICTURES),
+            ("preset", preset, PRESETS),
+            ("llm_reads", llm_reads, LLM_READS),
+        ):
+            check_choice(widget, value, options)
         widgets = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
         way = _preset(preset, widgets, pictures, max_pictures)
         frozen = llm.frozen

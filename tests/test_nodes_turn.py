@@ -547,3 +547,9 @@ def test_other_adapters_may_draw_dragons(pack, host, llm, opening):
     given = {"llm": llm, "story": opening, "instruction": "A dragon lands.", **SHORT}
     pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9"}, **given)
     assert not host("server").sent
+
+
+@pytest.mark.parametrize("widget", ["pictures", "preset", "llm_reads"])
+def test_a_choice_that_came_over_a_link_is_refused_with_what_there_is(tell, opening, widget):
+    with pytest.raises(ValueError, match=f"{widget} is 'always'; expected one of .*, .*over the link"):
+        tell(opening, **{widget: "always"})
