@@ -117,7 +117,7 @@ def missing(what: str, key: str, name: object, wanted: str) -> ValueError:
 def problem(find: Callable[[str], object], name: str | None) -> bool | str:
     """What ComfyUI's validation expects for a name: True, or what is wrong with it.
 
-    None stands for a name that comes over a link: it is not known before the graph runs, and the node itself refuses it.
+    None stands for a name that comes over a link: it is not known before the graph runs, the node refuses a wrong one.
     """
     if name is None:
         return True

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..minigpt5_core.generate import Sampling
+    from ..minigpt5_core.generate.row import Reply
     from ..minigpt5_core.story.presets import Preset
     from ..minigpt5_core.story.prompts import Turn
 
@@ -190,7 +191,7 @@ class StoryTurn(io.ComfyNode):
         text = way.told(frozen, turns, reply)
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
         told = story if story.pages else replace(story, seed=seed)
-        told = told.with_page(Page(request, text, told=True, note=note))
+        told = told.with_page(Page(request, text, told=True, note=note, parts=_parts(reply)))
         return io.NodeOutput(told, text, vokens, ui=told_so_far(told))
 
 
@@ -212,6 +213,12 @@ def _request(story: StorySoFar, instruction: str) -> str:
     if story.pages:
         return instruction or NEXT
     return f"{story.prompt} {instruction}".strip()
+
+
+def _parts(reply: Reply) -> tuple[str, ...]:
+    """The text of each picture, where a reply has several."""
+    count = len(reply.voken_states)
+    return tuple(text for text, _ in reply.scenes(count)) if count > 1 else ()
 
 
 def _what_cannot_be_drawn(request: str) -> str:
