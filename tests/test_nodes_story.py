@@ -214,6 +214,12 @@ def test_a_story_without_pictures_gives_one_black_image(run, story):
     assert (text, text_list) == ("", [])
 
 
+def test_a_storys_pictures_come_out_where_comfyui_has_its_own(host, run, story, monkeypatch):
+    monkeypatch.setattr(host("comfy.model_management"), "intermediate_device", lambda: torch.device("meta"))
+    (opening,) = run("Story", text="Mia.")
+    assert {run("StoryParts", story=one)[1].device.type for one in (story, opening)} == {"meta"}
+
+
 # View Story
 
 

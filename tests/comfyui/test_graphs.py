@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from .test_server import scenes_that_ran
 
@@ -155,3 +156,150 @@ def test_two_pictures_of_one_turn_are_both_in_the_story(server, by_hand):
     prompt["view"]["inputs"]["story"] = ["picture1", 0]
     (alone,) = server.run(prompt).outputs["view"]["minigpt5_pages"]
     assert alone["picture"] == first["picture"] and alone["text"].startswith(first["text"])
+
+
+# Around the vokens' conditioning
+
+
+def drawn(server, prompt, positive=("conditioning1", 0)):
+    """How many pictures came, by the story's one page and by the preview of all, and that preview's first."""
+    prompt["sampler1"]["inputs"]["positive"] = list(positive)
+    prompt |= {
+        "view": node("MiniGPT5ViewStory", story=["picture1", 0]),
+        "all": node("PreviewImage", images=["decode1", 0]),
+    }
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    (page,) = result.outputs["view"]["minigpt5_pages"]
+    files = result.outputs["all"]["images"]
+    with Image.open(server.base / "temp" / page["picture"]["filename"]) as picture:
+        return page, len(files), picture.convert("RGB").tobytes()
+
+
+def test_of_a_batch_of_latents_all_are_drawn_and_the_first_is_on_the_page(server, by_hand):
+    one, batch = by_hand(311), by_hand(311, batch_size=3)
+    for prompt in (one, batch):
+        picture_of(prompt, 1, ["turn", 0])
+    page, count, _ = drawn(server, batch)
+    assert count == 3 and page["note"] == "3 pictures were drawn; the page has the first."
+    page, count, _ = drawn(server, one)
+    assert count == 1 and "note" not in page
+
+
+def test_an_interleaver_draws_by_a_batch_of_latents(server, graph):
+    prompt = graph(scenes=2, seed=312)
+    prompt["batch"] = node("EmptyLatentImage", width=128, height=128, batch_size=2)
+    prompt["interleaver"]["inputs"]["latent"] = ["batch", 0]
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    assert [page["note"] for page in result.outputs["view"]["minigpt5_pages"]] == [
+        "2 pictures were drawn; the page has the first."
+    ] * 2
+
+
+OURS, TEXT = ["conditioning1", 0], ["text", 0]
+MIXED = {
+    "combine": node("ConditioningCombine", conditioning_1=OURS, conditioning_2=TEXT),
+    "average": node(
+        "ConditioningAverage", conditioning_to=OURS, conditioning_from=TEXT, conditioning_to_strength=0.5
+    ),
+    "average of text": node(
+        "ConditioningAverage", conditioning_to=TEXT, conditioning_from=OURS, conditioning_to_strength=0.5
+    ),
+    "concat": node("ConditioningConcat", conditioning_to=OURS, conditioning_from=TEXT),
+    "concat behind text": node("ConditioningConcat", conditioning_to=TEXT, conditioning_from=OURS),
+    "area": node(
+        "ConditioningSetArea", conditioning=OURS, width=64, height=128, x=64, y=0, strength=1.0
+    ),
+    "timesteps": node("ConditioningSetTimestepRange", conditioning=OURS, start=0.0, end=0.5),
+}  # fmt: skip
+
+
+@pytest.fixture
+def mixing(by_hand):
+    """A picture by hand, with an encoded text beside the vokens."""
+    prompt = by_hand(313)
+    picture_of(prompt, 1, ["turn", 0])
+    prompt["text"] = node("CLIPTextEncode", clip=["diffusion", 1], text="a lion on the beach by day")
+    return prompt
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_comfyuis_own_conditioning_nodes_take_ours(server, mixing, name):
+    plain = drawn(server, mixing)[2]
+    mixing["mixed"] = MIXED[name]
+    assert drawn(server, mixing, ("mixed", 0))[2] != plain
+
+
+def test_a_mixed_text_is_blended_in_entry_by_entry(server, mixing):
+    """What Combine made of two, one of them for an area."""
+    mixing |= {
+        "other": node("CLIPTextEncode", clip=["diffusion", 1], text="a fox in the snow"),
+        "part": node("ConditioningSetArea", conditioning=["other", 0], width=64, height=64, x=0, y=0, strength=1.0),
+        "both": node("ConditioningCombine", conditioning_1=["text", 0], conditioning_2=["part", 0]),
+    }  # fmt: skip
+    mixing["conditioning1"]["inputs"]["text"] = ["both", 0]
+    drawn(server, mixing)
+
+
+# Several Interleavers, and one in a subgraph
+
+
+def renamed(prompt, names):
+    """The prompt with other node ids."""
+    return {
+        names[key]: node(
+            one["class_type"],
+            **{
+                name: [names[value[0]], value[1]] if isinstance(value, list) else value
+                for name, value in one["inputs"].items()
+            },
+        )
+        for key, one in prompt.items()
+    }
+
+
+def pages_of(server, prompt, view="view"):
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    return result.outputs[view]["minigpt5_pages"]
+
+
+def test_two_interleavers_in_one_graph_tell_what_each_tells_alone(server, graph):
+    first, other = graph(scenes=2, seed=321), graph(scenes=2, seed=321, temperature=1.2)
+    both = first | {
+        "interleaver2": other["interleaver"],
+        "view2": node("MiniGPT5ViewStory", story=["interleaver2", 0]),
+    }
+    result = server.run(both)
+    assert result.status == "success", result.error
+    told = [result.outputs[view]["minigpt5_pages"] for view in ("view", "view2")]
+    assert told[0] != told[1]
+    server.free()
+    assert [pages_of(server, first), pages_of(server, other)] == told
+
+
+def test_an_interleaver_goes_on_from_another(server, graph):
+    prompt = graph(scenes=1, seed=322)
+    more = graph(scenes=2, seed=323)["interleaver"]
+    more["inputs"]["story"] = ["interleaver", 0]
+    prompt |= {"more": more, "view2": node("MiniGPT5ViewStory", story=["more", 0])}
+    result = server.run(prompt)
+    assert result.status == "success", result.error
+    first, whole = (result.outputs[view]["minigpt5_pages"] for view in ("view", "view2"))
+    assert len(whole) == 3 and whole[:1] == first
+    more["inputs"]["scenes"] = 3
+    assert scenes_that_ran(server.run(prompt)) == [3]
+
+
+def test_an_interleaver_in_a_subgraph_tells_the_same_and_keeps_its_scenes(server, graph):
+    """The browser flattens subgraphs: what is in node 7 of them, in node 3 of that, is 7:3:ID."""
+    prompt = graph(scenes=2, seed=324)
+    plain = pages_of(server, prompt)
+    server.free()
+    inside = renamed(prompt, {name: f"7:3:{number}" for number, name in enumerate(prompt)})
+    view = next(name for name, one in inside.items() if one["class_type"] == "MiniGPT5ViewStory")
+    assert pages_of(server, inside, view) == plain
+    interleaver = next(one for one in inside.values() if one["class_type"] == "MiniGPT5Interleaver")
+    interleaver["inputs"]["scenes"] = 3
+    assert scenes_that_ran(server.run(inside)) == [3]
