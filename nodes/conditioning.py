@@ -42,12 +42,14 @@ class LoadMapper(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, mapper_name: str) -> bool | str:
+    def validate_inputs(cls, mapper_name: str | None = None) -> bool | str:
         return folders.problem(folders.find_mapper, mapper_name)
 
     @classmethod
-    def fingerprint_inputs(cls, mapper_name: str) -> str:
-        return folders.fingerprint(folders.find_mapper(mapper_name))
+    def fingerprint_inputs(cls, mapper_name: str | None = None) -> str:
+        return folders.fingerprint_chosen(
+            mapper_name, folders.mapper_names, lambda name: folders.fingerprint(folders.find_mapper(name))
+        )
 
     @classmethod
     def execute(cls, mapper_name: str) -> io.NodeOutput:
@@ -124,7 +126,7 @@ class VokensToConditioning(io.ComfyNode):
             positive = mapper.mapper(states.float())
         negative = mapper.mapper.negative()
         blended = _as_comfy(positive) if text is None else _blend(positive, text, text_strength, mapper)
-        return io.NodeOutput(blended, _as_comfy(negative))
+        return io.NodeOutput(_placed(blended), _placed(_as_comfy(negative)))
 
 
 def _states(vokens: Vokens, picture: int) -> Any:
@@ -204,11 +206,22 @@ def _as_comfy(conditioning: Conditioning) -> list:
     return [[conditioning.tokens, extra]]
 
 
+def _placed(conditioning: list) -> list:
+    """Where ComfyUI has what its text encoders answer (--gpu-only: the GPU); its nodes that mix both move neither."""
+    import comfy.model_management as management
+
+    place, key = management.intermediate_device(), "pooled_output"
+    return [
+        [tokens.to(place), extra if extra.get(key) is None else {**extra, key: extra[key].to(place)}]
+        for tokens, extra in conditioning
+    ]
+
+
 def _blend(conditioning: Conditioning, text: list, strength: float, mapper: LoadedMapper) -> list:
     """Vokens and each entry of a text conditioning, mixed token by token; the shorter one is filled with zeros.
 
     At 0 and 1 it is one of the two, unchanged: a sampler would attend to the zeros too. The text may lie on another
-    device (--gpu-only); the sampler moves what it is given.
+    device (--gpu-only).
     """
     import torch
 

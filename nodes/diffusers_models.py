@@ -52,18 +52,22 @@ class LoadDiffusers(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
         return folders.problem(folders.find_diffusers, model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
-        folder = folders.find_diffusers(model_name)
-        return "".join(folders.fingerprint(folder / part) for part in PARTS)
+    def fingerprint_inputs(cls, model_name: str | None = None) -> str:
+        return folders.fingerprint_chosen(model_name, folders.diffusers_names, _mark)
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         folder = folders.find_diffusers(model_name)
         return io.NodeOutput(_model(folder), _clip(folder), _vae(folder / "vae"))
+
+
+def _mark(name: str) -> str:
+    folder = folders.find_diffusers(name)
+    return "".join(folders.fingerprint(folder / part) for part in PARTS)
 
 
 def _config(folder: Path, file: str = "config.json") -> dict[str, Any]:

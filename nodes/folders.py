@@ -88,7 +88,9 @@ def spellings(name: str) -> tuple[str, str]:
     return name, name.replace("\\", "/")
 
 
-def _full_path(key: str, name: str) -> str | None:
+def _full_path(key: str, name: object) -> str | None:
+    if not isinstance(name, str):  # over a link anything may come
+        return None
     found = (folder_paths.get_full_path(key, spelling) for spelling in spellings(name))
     return next((path for path in found if path is not None), None)
 
@@ -99,7 +101,7 @@ def _listed(key: str) -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
 
 
-def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
+def missing(what: str, key: str, name: object, wanted: str) -> ValueError:
     """The error for a file that is not there: every folder that was searched, and what belongs where."""
     if not name:
         return ValueError(f"No {what} is chosen. Choose one in the node.")
@@ -112,8 +114,13 @@ def missing(what: str, key: str, name: str, wanted: str) -> ValueError:
     )
 
 
-def problem(find: Callable[[str], object], name: str) -> bool | str:
-    """What ComfyUI's validation expects for a name: True, or what is wrong with it."""
+def problem(find: Callable[[str], object], name: str | None) -> bool | str:
+    """What ComfyUI's validation expects for a name: True, or what is wrong with it.
+
+    None stands for a name that comes over a link: it is not known before the graph runs, the node refuses a wrong one.
+    """
+    if name is None:
+        return True
     try:
         find(name)
     except ValueError as error:
@@ -129,6 +136,13 @@ def fingerprint(path: Path | None) -> str:
     marks = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()]
     # hashed: ComfyUI keeps it in the metadata of pictures, where a path would say whose machine this is
     return hashlib.sha256(f"{path} {marks}".encode()).hexdigest()
+
+
+def fingerprint_chosen(name: str | None, names: Callable[[], list[str]], mark: Callable[[str], str]) -> str:
+    """The mark of the file that is chosen; of all there are where the name comes over a link (None), not known yet."""
+    if name is not None:
+        return mark(name)
+    return hashlib.sha256("".join(map(mark, names())).encode()).hexdigest()
 
 
 def _is_llm(path: Path) -> bool:
@@ -147,10 +161,9 @@ def _names(key: str, wanted: Callable[[Path], bool]) -> set[str]:
     return {path.name for path in paths if not path.name.startswith(".") and wanted(path)}
 
 
-def _find(key: str, name: str, wanted: Callable[[Path], bool]) -> Path | None:
-    for root in folder_paths.get_folder_paths(key):
-        path = Path(root) / name
-        # a name is a folder's or a file's own, never a way out of its place
-        if Path(name).name == name not in ("", "..") and wanted(path):
-            return path
-    return None
+def _find(key: str, name: object, wanted: Callable[[Path], bool]) -> Path | None:
+    # a name is a folder's or a file's own, never a way out of its place
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        return None
+    paths = (Path(root) / name for root in folder_paths.get_folder_paths(key))
+    return next(filter(wanted, paths), None)

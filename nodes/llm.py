@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from . import folders
+from .choices import check_choice
 from .compat import schema
 from .sockets import LLM, LoadedLLM
 
@@ -63,12 +64,14 @@ class LoadLLM(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, llm_name: str) -> bool | str:
+    def validate_inputs(cls, llm_name: str | None = None) -> bool | str:
         return folders.problem(folders.find_llm, llm_name)
 
     @classmethod
-    def fingerprint_inputs(cls, llm_name: str, dtype: str, vokens: int) -> str:
-        return folders.fingerprint(folders.find_llm(llm_name))
+    def fingerprint_inputs(cls, llm_name: str | None = None, **others: Any) -> str:
+        return folders.fingerprint_chosen(
+            llm_name, folders.llm_names, lambda name: folders.fingerprint(folders.find_llm(name))
+        )
 
     @classmethod
     def execute(cls, llm_name: str, dtype: str, vokens: int) -> io.NodeOutput:
@@ -81,6 +84,7 @@ class LoadLLM(io.ComfyNode):
         from ..minigpt5_core.llm.weights import hash_weights
         from ..minigpt5_core.vision.image_adapter import IMAGE_ADAPTER
 
+        check_choice("dtype", dtype, DTYPES)
         folder = folders.find_llm(llm_name) or default_llm()
         frozen = load_llm(folder, vokens, **_dtype_and_quantization(dtype, folder))
         frozen = load_vision(frozen, folder, folders.STORYBOOK / "LLM" / IMAGE_ADAPTER)
@@ -123,12 +127,14 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None = None) -> bool | str:
         return folders.problem(folders.find_adapter, adapter_name)
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, strength: float, **links: Any) -> str:
-        return folders.fingerprint(folders.find_adapter(adapter_name))
+    def fingerprint_inputs(cls, adapter_name: str | None = None, **others: Any) -> str:
+        return folders.fingerprint_chosen(
+            adapter_name, folders.adapter_names, lambda name: folders.fingerprint(folders.find_adapter(name))
+        )
 
     @classmethod
     def execute(cls, llm: LoadedLLM, adapter_name: str, strength: float) -> io.NodeOutput:

@@ -112,12 +112,16 @@ class SaveStory(io.ComfyNode):
 
 def _batch(story: StorySoFar) -> Tensor:
     """All pictures as one batch (N, H, W, 3), later ones scaled to the first one's size; black if there is none."""
+    import comfy.model_management as management
     import comfy.utils
     import torch
 
+    place = (
+        management.intermediate_device()
+    )  # where ComfyUI's own nodes expect them: on the GPU with --gpu-only
     pictures = [page.picture for page in story.pages if page.picture is not None]
     if not pictures:
-        return torch.zeros(1, 64, 64, 3)
+        return torch.zeros(1, 64, 64, 3, device=place)
     height, width, _ = pictures[0].shape
     scaled = [
         picture[None]
@@ -127,7 +131,7 @@ def _batch(story: StorySoFar) -> Tensor:
         ).movedim(1, -1)
         for picture in pictures
     ]
-    return torch.cat(scaled)
+    return torch.cat(scaled).to(place)
 
 
 def _new_folder(prefix: str) -> tuple[Path, str]:

@@ -63,7 +63,8 @@ class Page:
     """One scene: what was requested, its text, and the picture (H, W, 3) in [0, 1], if there is one.
 
     `told`: an LLM told it, and its vokens come before the picture; else the page is the user's own. `note` is what
-    the user should know of it, such as words that cannot be drawn.
+    the user should know of it, such as words that cannot be drawn. `parts`: where the turn asked for several pictures,
+    the text of each; the page is all of them until a second picture comes.
     """
 
     request: str
@@ -71,6 +72,18 @@ class Page:
     picture: Tensor | None = None
     told: bool = False
     note: str = ""
+    parts: tuple[str, ...] = ()
+
+    def with_picture(self, picture: Tensor, note: str = "") -> tuple[Page, ...]:
+        """The page with a picture; two pages where it has one and its turn asked for more.
+
+        As the command line has it: a reply with several pictures is as many scenes.
+        """
+        if self.picture is None or len(self.parts) < 2:
+            return (replace(self, picture=picture, note=f"{self.note} {note}".strip()),)
+        text = " ".join(filter(None, self.parts[1:]))
+        rest = replace(self, request="", text=text, picture=picture, note=note, parts=self.parts[1:])
+        return replace(self, text=self.parts[0], parts=()), rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +99,8 @@ class StorySoFar:
         return replace(self, pages=(*self.pages, page))
 
     def with_picture(self, picture: Tensor, note: str = "") -> StorySoFar:
-        """The story with a picture (H, W, 3) on its last page, and what is to be said of it."""
-        last = self.pages[-1]
-        page = replace(last, picture=picture, note=f"{last.note} {note}".strip())
-        return replace(self, pages=(*self.pages[:-1], page))
+        """The story with a picture (H, W, 3) on its last page, or behind it, and what is to be said of it."""
+        return replace(self, pages=(*self.pages[:-1], *self.pages[-1].with_picture(picture, note)))
 
 
 @dataclass(frozen=True, eq=False)

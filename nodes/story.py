@@ -113,11 +113,13 @@ class LoadStory(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, story_name: str) -> bool | str:
-        return True if _find_story(story_name) else _no_story(story_name)
+    def validate_inputs(cls, story_name: str | None = None) -> bool | str:
+        linked = story_name is None  # a name that comes over a link is not known before the graph runs
+        return True if linked or _find_story(story_name) else _no_story(story_name)
 
     @classmethod
-    def fingerprint_inputs(cls, story_name: str) -> str:
+    def fingerprint_inputs(cls, story_name: str | None = None) -> str:
+        # without a mark of all stories where the name comes over a link: what the graph saves would run it again
         return fingerprint(_find_story(story_name))
 
     @classmethod
@@ -159,7 +161,9 @@ def saved_stories() -> list[str]:
     return sorted(found, key=lambda name: (-found[name], name))
 
 
-def _find_story(name: str) -> Path | None:
+def _find_story(name: object) -> Path | None:
+    if not isinstance(name, str):  # over a link anything may come
+        return None
     for root, spelling in product(_roots(), spellings(name)):
         folder = Path(os.path.normpath(root / spelling))  # links inside may lead anywhere, a name may not
         if folder.is_relative_to(os.path.normpath(root)) and os.path.isfile(folder / "story.json"):
@@ -167,7 +171,7 @@ def _find_story(name: str) -> Path | None:
     return None
 
 
-def _no_story(name: str) -> str:
+def _no_story(name: object) -> str:
     searched = " or ".join(str(root) for root in _roots())
     return f"There is no saved story {name!r} in {searched}. Save one with Save Story, or choose another."
 

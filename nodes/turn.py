@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from . import folders
+from .choices import check_choice
 from .compat import schema
 from .preview import show_notes, told_so_far
 from .sockets import LLM, STORY, VOKENS, LoadedLLM, Page, StorySoFar, Vokens
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..minigpt5_core.generate import Sampling
+    from ..minigpt5_core.generate.row import Reply
     from ..minigpt5_core.story.presets import Preset
     from ..minigpt5_core.story.prompts import Turn
 
@@ -158,6 +160,12 @@ class StoryTurn(io.ComfyNode):
         from ..minigpt5_core.generate import Sampling, generate
         from ..minigpt5_core.story.prompts import fit_prompt
 
+        for widget, value, options in (
+            ("pictures", pictures, PICTURES),
+            ("preset", preset, PRESETS),
+            ("llm_reads", llm_reads, LLM_READS),
+        ):
+            check_choice(widget, value, options)
         widgets = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens)
         way = _preset(preset, widgets, pictures, max_pictures)
         frozen = llm.frozen
@@ -183,7 +191,7 @@ class StoryTurn(io.ComfyNode):
         text = way.told(frozen, turns, reply)
         vokens = Vokens(reply.voken_states.float().cpu(), llm.name, llm.weights_hash)
         told = story if story.pages else replace(story, seed=seed)
-        told = told.with_page(Page(request, text, told=True, note=note))
+        told = told.with_page(Page(request, text, told=True, note=note, parts=_parts(reply)))
         return io.NodeOutput(told, text, vokens, ui=told_so_far(told))
 
 
@@ -205,6 +213,12 @@ def _request(story: StorySoFar, instruction: str) -> str:
     if story.pages:
         return instruction or NEXT
     return f"{story.prompt} {instruction}".strip()
+
+
+def _parts(reply: Reply) -> tuple[str, ...]:
+    """The text of each picture, where a reply has several."""
+    count = len(reply.voken_states)
+    return tuple(text for text, _ in reply.scenes(count)) if count > 1 else ()
 
 
 def _what_cannot_be_drawn(request: str) -> str:

@@ -239,6 +239,18 @@ def test_a_text_that_stays_on_the_gpu_is_blended_in(convert, make_mapper, vokens
     assert torch.equal(found, expected) and torch.equal(extra["pooled_output"], more["pooled_output"])
 
 
+@pytest.mark.parametrize("blended", [False, True])
+def test_all_comes_out_where_comfyui_has_what_its_text_encoders_answer(
+    host, convert, make_mapper, vokens, monkeypatch, blended
+):
+    """Its Concat and Average mix both, and move neither: on the GPU with --gpu-only. torch's meta stands for it."""
+    place = torch.device("meta")
+    monkeypatch.setattr(host("comfy.model_management"), "intermediate_device", lambda: place)
+    text = text_conditioning(pooled_output=torch.ones(1, 6)) if blended else None
+    for ((tokens, extra),) in convert(vokens=vokens, mapper=make_mapper(POOLED), text=text):
+        assert tokens.device == extra["pooled_output"].device == place
+
+
 def test_every_entry_and_every_row_of_a_text_is_blended(convert, make_mapper, vokens):
     text = text_conditioning(batch=2) + text_conditioning()
     blended = convert(vokens=vokens, mapper=make_mapper(), text=text, text_strength=0.5)[0]

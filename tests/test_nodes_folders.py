@@ -210,3 +210,57 @@ def test_an_llm_or_adapter_of_which_a_file_has_changed_has_another_fingerprint(p
     for file in (llm, adapter):
         file.write_text(json.dumps({"longer": 1}), encoding="utf-8")
     assert not set(prints()) & set(first)
+
+
+# A name that comes over a link: ComfyUI says None for it until the graph runs
+
+FILES = {
+    "MiniGPT5LoadLLM": "LLM/mine/config.json",
+    "MiniGPT5LoadAdapter": "loras/mine/adapter_model.safetensors",
+    "MiniGPT5LoadMapper": "voken_mappers/mine.safetensors",
+    "MiniGPT5LoadDiffusers": "diffusers/mine/unet/config.json",
+}
+
+
+@pytest.mark.parametrize("node", [*LOADERS, "MiniGPT5LoadStory"])
+def test_a_name_that_is_not_known_yet_is_no_problem(pack, node):
+    name = LOADERS.get(node, ("", "story_name"))[1]
+    assert pack.nodes[node].validate_inputs(**{name: None}) is True
+    assert pack.nodes[node].validate_inputs() is True  # it is missing, which ComfyUI itself says
+
+
+@pytest.mark.parametrize("node", LOADERS)
+def test_for_a_name_that_is_not_known_yet_every_file_counts(pack, models, node):
+    put(models / "diffusers" / "mine" / "model_index.json")
+    file, mark = put(models / FILES[node]), pack.nodes[node].fingerprint_inputs
+    first = mark(**{LOADERS[node][1]: None})
+    assert mark(**{LOADERS[node][1]: None}) == first
+    put(file, json.dumps({"longer": 1}))
+    assert mark(**{LOADERS[node][1]: None}) != first
+
+
+def test_a_story_that_is_not_known_yet_is_not_another_for_every_story_that_is_saved(pack, tmp_path):
+    mark = pack.nodes["MiniGPT5LoadStory"].fingerprint_inputs
+    first = mark(story_name=None)
+    put(tmp_path / "comfyui" / "output" / "stories" / "a" / "story.json")
+    assert mark(story_name=None) == first
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, "No .* is chosen"), ("", "chosen"), (5, "5 is in none")])
+@pytest.mark.parametrize("node", LOADERS)
+def test_what_is_no_name_is_refused_when_it_comes(pack, node, value, said):
+    others = {"llm": None} if node == "MiniGPT5LoadAdapter" else {}
+    with pytest.raises(ValueError, match=said):
+        pack.run(node, **{LOADERS[node][1]: value}, **others)
+
+
+@pytest.mark.parametrize("value", [None, 5])
+def test_what_is_no_storys_name_is_refused_when_it_comes(pack, value):
+    with pytest.raises(ValueError, match=f"no saved story {value}"):
+        pack.run("MiniGPT5LoadStory", story_name=value)
+
+
+@pytest.mark.parametrize("value", ["float8", None])
+def test_a_choice_that_is_none_is_refused_with_what_there_is(pack, value):
+    with pytest.raises(ValueError, match=f"dtype is {value!r}; expected one of auto, float32, bfloat16"):
+        pack.run("MiniGPT5LoadLLM", llm_name="SmolLM2-135M-Instruct", dtype=value)

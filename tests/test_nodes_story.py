@@ -120,6 +120,51 @@ def test_a_picture_goes_onto_the_last_page_and_the_story_before_stays_as_it_was(
     assert contents(story) == before
 
 
+@pytest.fixture
+def several(pack):
+    """A page of which its turn asked for three pictures, the last without a text of its own."""
+    sockets = pack.part("nodes.sockets")
+    page = sockets.Page(
+        "Go on.", "It snows. It melts.", told=True, note="Careful.", parts=("It snows.", "It melts.", "")
+    )
+    return sockets.StorySoFar("Mia.", (sockets.Page("Mia.", "Mia wakes."), page))
+
+
+def test_one_picture_of_several_has_the_turns_whole_text(run, several):
+    (one,) = run("AddPicture", story=several, image=image(RED))
+    assert texts(one) == ["Mia wakes.", "It snows. It melts."]
+
+
+def test_every_picture_that_a_turn_asked_for_is_a_page_with_its_text(run, several):
+    before, told = contents(several), several
+    for colour in (RED, GREEN, RED):
+        (told,) = run("AddPicture", story=told, image=image(colour))
+    assert contents(several) == before
+    assert texts(told) == ["Mia wakes.", "It snows.", "It melts.", ""]
+    assert [page.request for page in told.pages] == ["Mia.", "Go on.", "", ""]
+    assert [page.note for page in told.pages] == ["", "Careful.", "", ""]
+    assert all(page.told for page in told.pages[1:])
+    assert [page.picture[0, 0].tolist() for page in told.pages[1:]] == [c.tolist() for c in (RED, GREEN, RED)]
+
+
+def test_the_last_picture_has_the_rest_of_the_text_and_one_more_takes_its_place(run, several, pack):
+    (two,) = run(
+        "AddPicture", story=run("AddPicture", story=several, image=image(RED))[0], image=image(GREEN, RED)
+    )
+    assert texts(two)[1:] == ["It snows.", "It melts."]
+    assert two.pages[-1].note == "2 pictures were drawn; the page has the first."
+    for colour in (RED, GREEN):
+        (two,) = run("AddPicture", story=two, image=image(colour))
+    assert texts(two)[1:] == ["It snows.", "It melts.", ""]
+    assert torch.equal(two.pages[-1].picture[0, 0], GREEN)
+
+
+def test_a_pages_only_picture_is_replaced(run, story):
+    for colour in (RED, GREEN):
+        (story,) = run("AddPicture", story=story, image=image(colour))
+    assert len(story.pages) == 2 and torch.equal(story.pages[-1].picture[0, 0], GREEN)
+
+
 def test_a_half_precision_picture_becomes_float32(run, story):
     (pictured,) = run("AddPicture", story=story, image=image(RED).half())
     assert pictured.pages[-1].picture.dtype == torch.float32
@@ -167,6 +212,12 @@ def test_a_story_without_pictures_gives_one_black_image(run, story):
     assert images.shape == (1, 64, 64, 3)
     assert not images.any()
     assert (text, text_list) == ("", [])
+
+
+def test_a_storys_pictures_come_out_where_comfyui_has_its_own(host, run, story, monkeypatch):
+    monkeypatch.setattr(host("comfy.model_management"), "intermediate_device", lambda: torch.device("meta"))
+    (opening,) = run("Story", text="Mia.")
+    assert {run("StoryParts", story=one)[1].device.type for one in (story, opening)} == {"meta"}
 
 
 # View Story

@@ -547,3 +547,32 @@ def test_other_adapters_may_draw_dragons(pack, host, llm, opening):
     given = {"llm": llm, "story": opening, "instruction": "A dragon lands.", **SHORT}
     pack.run("MiniGPT5StoryTurn", hidden={"unique_id": "9"}, **given)
     assert not host("server").sent
+
+
+@pytest.mark.parametrize("widget", ["pictures", "preset", "llm_reads"])
+def test_a_choice_that_came_over_a_link_is_refused_with_what_there_is(tell, opening, widget):
+    with pytest.raises(ValueError, match=f"{widget} is 'always'; expected one of .*, .*over the link"):
+        tell(opening, **{widget: "always"})
+
+
+def test_a_turn_of_several_pictures_is_as_many_scenes_as_on_the_command_line(
+    pack, tell, opening, prompts, monkeypatch
+):
+    decode, reply = pack.part("minigpt5_core.generate"), pack.part("minigpt5_core.generate.row").Reply
+    answer = reply(
+        [],
+        "It snows. It melts. The end.",
+        torch.zeros(2, 8, 32),
+        "end",
+        ["It snows.", "It melts.", "The end."],
+    )
+    monkeypatch.setattr(decode, "generate", lambda *given, **more: [answer])
+    told, text, vokens = tell(opening, pictures="when_asked", max_pictures=3)
+    assert (text, len(vokens.states)) == (answer.text, 2) and told.pages[0].text == text
+    for _ in range(2):
+        (told,) = pack.run("MiniGPT5AddPicture", story=told, image=torch.rand(1, 8, 8, 3)).args
+    assert [(page.text, page.picture is None) for page in told.pages] == [
+        (scene, False) for scene, _ in answer.scenes(3)
+    ]
+    tell(told)
+    assert prompts[-1][:2] == [("Mia the fox.", "It snows.", True), (NEXT, "It melts. The end.", True)]

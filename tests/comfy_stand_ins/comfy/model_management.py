@@ -50,6 +50,10 @@ def should_use_bf16(
     return False
 
 
+def intermediate_device() -> torch.device:
+    return torch.device("cpu")
+
+
 def get_torch_device() -> torch.device:
     return torch.device("cpu")
 
