@@ -163,6 +163,6 @@ def test_a_number_that_no_training_can_use_is_refused(change, said):
 def test_attention_is_plain_where_the_fused_one_is_slow(changes, device, fused):
     from trainer.training.loop import attention_for
 
-    with attention_for(load_recipe(FinetuneRecipe, None, changes), torch.device(device)):
+    with attention_for(load_recipe(FinetuneRecipe, None, changes), torch.device(device))():
         assert torch.backends.cuda.flash_sdp_enabled() is fused
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -278,7 +278,7 @@ def test_the_command_writes_requests_texts_and_captions(tmp_path, knights, capsy
     assert main(["world", str(KNIGHTS), "--stories", "1", "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["world", str(KNIGHTS), "--stories", "0", "--out", str(tmp_path / "b")]) == 2
-    assert main(["world", str(KNIGHTS), "--stories", "1", "--out", str(tmp_path / "no" / "b")]) == 2
+    assert main(["world", str(KNIGHTS), "--stories", "1", "--out", str(out / "b")]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stories.jsonl"]
 
 

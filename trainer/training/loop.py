@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,13 @@ def build_optimizer(settings: OptimConfig, groups: list[dict[str, Any]]) -> Opti
     return AdamW8bit(groups)
 
 
-def attention_for(recipe: StageRecipe, device: torch.device) -> AbstractContextManager:
-    """On a CPU in bf16 torch's fused attention takes three times as long on its way back as the plain one."""
+def attention_for(recipe: StageRecipe, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """What a step's way there and back is to stand in: gradient checkpointing computes some of it twice.
+
+    On a CPU in bf16 torch's fused attention takes three times as long on its way back as the plain one.
+    """
     is_bf16 = "bf16" in (recipe.optim.precision, recipe.model.llm_precision)
-    return sdpa_kernel(SDPBackend.MATH) if is_bf16 and device.type == "cpu" else nullcontext()
+    return partial(sdpa_kernel, SDPBackend.MATH) if is_bf16 and device.type == "cpu" else nullcontext
 
 
 class TrainLoop:
@@ -160,10 +164,10 @@ class TrainLoop:
         """
         totals = self._totals(batches)
         sums = dict.fromkeys(totals, 0.0)
+        attention = attention_for(self.run.recipe, self.accelerator.device)
         for index, batch in enumerate(batches):
-            with self._alone(last=index == len(batches) - 1):
-                with attention_for(self.run.recipe, self.accelerator.device):
-                    losses = self.trained(batch.inputs)
+            with self._alone(last=index == len(batches) - 1), attention():
+                losses = self.trained(batch.inputs)
                 shares = {name: batch.counts[name] / (totals[name] or 1) for name in losses}
                 self.accelerator.backward(self._total(losses, shares))
             for name, loss in losses.items():
