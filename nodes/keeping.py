@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+
+log = logging.getLogger("minigpt5")
 
 LIMIT = 512 * 2**20  # bytes: 40 pictures of 1024 x 1024, 2,600 of the storybook's
 Link = list[Any]
@@ -175,5 +178,8 @@ def _file_marks(node: dict[str, Any]) -> Any:
         return [ask(**constants)]
     except NotImplementedError:  # the base class's
         return None
-    except Exception:
+    except Exception as error:  # somebody else's node: as ComfyUI does, say so and run it again
+        log.warning(
+            "%s cannot say whether it has changed (%s); what follows from it is not kept.", kind, error
+        )
         return float("nan")

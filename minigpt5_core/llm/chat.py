@@ -26,6 +26,7 @@ STOPPED = f"{{% macro {CLOCK}(format) %}}{DAY}{{% endmacro %}}"
 # No thoughts before a reply, by the names that templates have for it.
 SETTINGS = {"enable_thinking": False, "thinking": False, "date_string": DAY}
 SYSTEM, ASKED, SAID = "xqsystemx", ("xqonex", "xqtwox", "xqthreex"), ("xrfirstx", "xrsecondx")
+EXCHANGES = tuple(zip(ASKED[:2], SAID, strict=True))
 CURE = "Take the tokenizer's files from where the model came from, or its chat template out: stories are told without."
 
 Exchange = tuple[str, str | None]  # what is asked, and the reply; None for one still to be told
@@ -100,8 +101,8 @@ def find_chat(tokenizer: PreTrainedTokenizerBase, family: Family, ends: set[int]
     try:
         with bounded():
             chat = Chat(tokenizer, family, _takes_system(tokenizer, family))
-            whole = chat.rendered(SYSTEM, [*zip(ASKED, SAID, strict=False), (ASKED[2], None)])
-            last = chat.rendered(SYSTEM, list(zip(ASKED, SAID, strict=False)))
+            whole = chat.rendered(SYSTEM, [*EXCHANGES, (ASKED[2], None)])
+            last = chat.rendered(SYSTEM, list(EXCHANGES))
     except Exception as error:  # a template is somebody else's program: anything may come of it
         raise BadInputError(f"The LLM's chat template fails: {_why(error)}. {CURE}") from error
     if not _holds_all(whole, [SYSTEM, ASKED[0], SAID[0], ASKED[1], SAID[1], ASKED[2]]) or SAID[1] not in last:
@@ -169,10 +170,9 @@ def _end_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _is_one_text(chat: Chat) -> bool:
     """Whether every reply stands behind what it is told behind, and an end mark behind every reply."""
-    exchanges = list(zip(ASKED, SAID, strict=False))
-    whole, mark = chat.text(SYSTEM, exchanges), chat.tokenizer.convert_ids_to_tokens(chat.end)
-    for index, (asked, said) in enumerate(exchanges):
-        told = chat.text(SYSTEM, [*exchanges[:index], (asked, None)])
+    whole, mark = chat.text(SYSTEM, list(EXCHANGES)), chat.tokenizer.convert_ids_to_tokens(chat.end)
+    for index, (asked, said) in enumerate(EXCHANGES):
+        told = chat.text(SYSTEM, [*EXCHANGES[:index], (asked, None)])
         if not whole.startswith(told) or not whole[len(told) :].lstrip().startswith(said):
             return False
     return mark in whole.rpartition(SAID[1])[2]
